@@ -1,0 +1,23 @@
+"""First-order MAML for multi-layer perceptrons at the speed of the hardware."""
+
+from . import diagnostics, reference, tasks
+from .adapted import AdaptedMLP
+from .module import ANIL, FOMAML
+from .network import Sine
+from .planner import Plan, override
+from .problem import Loss
+from .version import __version__
+
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "AdaptedMLP",
+    "Loss",
+    "Plan",
+    "Sine",
+    "__version__",
+    "diagnostics",
+    "override",
+    "reference",
+    "tasks",
+]

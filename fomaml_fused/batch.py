@@ -1,0 +1,158 @@
+"""A batch of tasks: what a user passes in, checked once against the problem and the network's parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .problem import Loss, Network, Problem
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a batch: what a plan depends on beside the problem."""
+
+    tasks: int
+    shots: int
+    queries: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Support:
+    """Support sets: `x` [T, S, in], `y` [T, S] class indices or [T, S, out], `weight` [T, S] or None."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+
+    def tasks(self, start: int, length: int) -> Support:
+        """`length` tasks from `start` on, as views."""
+        weight = None if self.weight is None else self.weight.narrow(0, start, length)
+        return Support(self.x.narrow(0, start, length), self.y.narrow(0, start, length), weight)
+
+
+@dataclass(frozen=True)
+class Query:
+    """Query sets with their targets, as `Support`; `task_weight` [T] or None."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+    task_weight: Tensor | None = None
+
+
+def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Support:
+    """The support sets of a batch, or the error that says what is wrong with them.
+
+    Args:
+        like: one of the network's parameters; the data share its dtype and device.
+        x: [T, S, in].  y: [T, S] int64 class indices for cross-entropy, else [T, S, out].
+        weight: a weight per sample [T, S], bool or the dtype of `like`.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has the wrong dtype.
+        ValueError: wrong rank, sizes that differ, another device, no sample to adapt on, a class out of range.
+    """
+    _check_features("support_x", x, problem.network, like)
+    _check_targets("support_y", y, "support_x", x, problem.loss, problem.network, like)
+    weight = _check_weight("support_weight", weight, x.shape[:2], like, "[tasks, shots]")
+    if x.shape[1] == 0 and problem.inner.steps > 0:
+        raise ValueError(f"support_x has no sample: {list(x.shape)}; each of the {problem.inner.steps} steps takes one")
+    return Support(x.detach(), y.detach(), weight)
+
+
+def check_query(
+    problem: Problem,
+    like: Tensor,
+    tasks: int,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    task_weight: Tensor | None = None,
+) -> Query:
+    """The query sets of a batch of `tasks` tasks; arguments and errors as for `check_support`.
+
+    Args:
+        x: [T, Q, in].  y: [T, Q] or [T, Q, out].  weight: [T, Q].  task_weight: [T].
+    """
+    check_query_features(problem, like, tasks, x)
+    _check_targets("query_y", y, "query_x", x, problem.outer_loss, problem.network, like)
+    weight = _check_weight("query_weight", weight, x.shape[:2], like, "[tasks, queries]")
+    task_weight = _check_weight("task_weight", task_weight, x.shape[:1], like, "[tasks]")
+    return Query(x, y, weight, task_weight)
+
+
+def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) -> None:
+    """Raises what `check_query` raises for its features alone."""
+    _check_features("query_x", x, problem.network, like)
+    if x.shape[0] != tasks:
+        raise ValueError(
+            f"query_x has {x.shape[0]} tasks, support_x has {tasks}; both hold one row of samples per task: "
+            "[tasks, samples, features]"
+        )
+
+
+def _check_tensor(name: str, value: object, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}; it takes a torch.Tensor")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, the model is on {like.device}; both take the same device")
+
+
+def _check_dtype(name: str, value: Tensor, dtype: torch.dtype, reason: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} is {value.dtype}; it takes {dtype}, {reason}")
+
+
+def _check_features(name: str, x: Tensor, network: Network, like: Tensor) -> None:
+    _check_tensor(name, x, like)
+    if x.dim() != 3:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it takes [tasks, samples, features]")
+    if x.shape[2] != network.in_features:
+        raise ValueError(f"{name} has {x.shape[2]} features; the network takes {network.in_features}")
+    _check_dtype(name, x, like.dtype, "as the model")
+
+
+def _check_targets(name: str, y: Tensor, x_name: str, x: Tensor, loss: Loss, network: Network, like: Tensor) -> None:
+    _check_tensor(name, y, like)
+    if y.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {list(y.shape)}, {x_name} has {list(x.shape)}; both take the same [tasks, samples, ...]"
+        )
+    if loss.name == "callable":  # what its targets are, the callable knows
+        return
+    if loss.takes_classes:
+        if y.dim() != 2:
+            raise ValueError(f"{name} has shape {list(y.shape)}; {loss.name} takes class indices [tasks, samples]")
+        _check_dtype(name, y, torch.int64, "as class indices")
+        # Reading the values would stall a device, so there it is done only in torch's own debugging mode.
+        if y.numel() and (y.device.type == "cpu" or torch.is_anomaly_enabled()):
+            low, high = (int(bound) for bound in torch.aminmax(y))
+            if low < 0 or high >= network.out_features:
+                raise ValueError(
+                    f"{name} holds classes {low} to {high}; the network has {network.out_features} outputs, "
+                    f"so it takes 0 to {network.out_features - 1}"
+                )
+    else:
+        if y.dim() != 3 or y.shape[2] != network.out_features:
+            raise ValueError(
+                f"{name} has shape {list(y.shape)}; {loss.name} takes [tasks, samples, outputs], "
+                f"{[*x.shape[:2], network.out_features]}"
+            )
+        _check_dtype(name, y, like.dtype, "as the model")
+
+
+def _check_weight(name: str, weight: Tensor | None, shape: torch.Size, like: Tensor, shape_name: str) -> Tensor | None:
+    if weight is None:
+        return None
+    _check_tensor(name, weight, like)
+    if weight.shape != shape:
+        raise ValueError(f"{name} has shape {list(weight.shape)}; it takes {shape_name}, {list(shape)}")
+    if weight.dtype == torch.bool:
+        return weight.to(like.dtype)
+    _check_dtype(name, weight, like.dtype, "as the model, or torch.bool")
+    return weight

@@ -1,0 +1,1 @@
+"""Engines: each does what a plan says; none decides anything."""

@@ -1,0 +1,134 @@
+"""The batched engine: all tasks of a chunk at once as torch ops, each layer in the form its plan names.
+
+Any device, any float dtype, no autograd graph inside. `adapt` runs the inner loop, `query` and `query_backward` the
+query pass, and the outer gradient of a layer is one product contracted over tasks and queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..problem import Problem
+from .activations import ActivationOps, activation_ops
+from .forms import DualFirstLayer, DualLayer, PrimalLayer, SharedLayer
+from .losses import task_loss
+
+Parameters = Sequence[tuple[Tensor, Tensor | None]]  # weight [out, in] and bias [out] of each layer
+
+
+@dataclass
+class Adapted:
+    """The layers of a chunk of tasks after their inner steps."""
+
+    layers: list[SharedLayer]
+    activations: list[ActivationOps]
+
+
+@dataclass
+class Trace:
+    """What the query pass leaves for its backward: per layer the input, and what the activation's derivative needs."""
+
+    outputs: Tensor  # [T, Q, out]
+    inputs: list[Tensor]
+    saved: list[Tensor]
+
+
+def adapt(
+    problem: Problem, forms: Sequence[str], parameters: Parameters, x: Tensor, y: Tensor, weight: Tensor | None = None
+) -> Adapted:
+    """Run the inner steps of a chunk of tasks.
+
+    Args:
+        forms: "shared", "primal" or "dual" for each layer.
+        x: support features [T, S, in].  y: [T, S] or [T, S, out].  weight: [T, S] or None.
+    """
+    inner = problem.inner
+    activations = [activation_ops(layer.activation) for layer in problem.network.layers]
+    first = inner.first_adapted
+    layers = [SharedLayer(*p) for p in parameters[:first]]
+    # Below the first layer that moves, support features stay the same at every step.
+    for layer, activation in zip(layers, activations, strict=False):
+        if first < problem.network.depth:
+            x = activation.forward(layer.forward(x, 0))
+    layers += [_build(problem, i, forms[i], parameters[i], x) for i in range(first, problem.network.depth)]
+    if first == problem.network.depth:
+        return Adapted(layers, activations)
+
+    moving, active = layers[first:], activations[first:]
+    loss = task_loss(problem.loss, y, weight, problem.network.out_features, x.dtype)
+    for k in range(inner.steps):
+        inputs, saved = [], []
+        h = x
+        for layer, activation in zip(moving, active, strict=True):
+            inputs.append(h)
+            h, kept = activation.run(layer.forward(h, k))
+            saved.append(kept)
+        d = loss.gradient(h)
+        for i in range(len(moving) - 1, -1, -1):
+            d = active[i].backward(d, saved[i])
+            dx = moving[i].backward(d, k) if i > 0 else None
+            if inner.adapt[first + i]:
+                moving[i].step(inputs[i], d, k)
+            if dx is not None:
+                d = dx
+    return Adapted(layers, activations)
+
+
+def query(adapted: Adapted, x: Tensor) -> Trace:
+    """The adapted network on query features [T, Q, in]."""
+    inputs, saved = [], []
+    for layer, activation in zip(adapted.layers, adapted.activations, strict=True):
+        inputs.append(x)
+        x, kept = activation.run(layer.query(x))
+        saved.append(kept)
+    return Trace(x, inputs, saved)
+
+
+def query_backward(
+    adapted: Adapted, trace: Trace, d: Tensor, outer: Sequence[tuple[Tensor | None, Tensor | None]], features: bool
+) -> Tensor | None:
+    """Add the outer gradient of a chunk of tasks to `outer`, in the order of the tasks.
+
+    Args:
+        d: the gradient with respect to the outputs, [T, Q, out], times the cotangent of each task; overwritten.
+        outer: for each layer the gradients of weight [out, in] and bias [out] to add to, None where not asked for.
+        features: whether the gradient with respect to the query features is wanted.
+
+    Returns:
+        That gradient, [T, Q, in], or None.
+    """
+    needed = [i for i, gradients in enumerate(outer) if any(g is not None for g in gradients)]
+    lowest = 0 if features else min(needed, default=len(outer))
+    for i in range(len(outer) - 1, lowest - 1, -1):
+        d = adapted.activations[i].backward(d, trace.saved[i])
+        rows = d.flatten(0, 1)  # [T * Q, out]
+        weight, bias = outer[i]
+        if weight is not None:
+            weight.addmm_(rows.t(), trace.inputs[i].flatten(0, 1))
+        if bias is not None:
+            bias.add_(rows.sum(0))
+        if i > lowest or features:
+            d = adapted.layers[i].query_backward(d)
+    return d if features else None
+
+
+def _build(
+    problem: Problem, i: int, form: str, parameters: tuple[Tensor, Tensor | None], support: Tensor
+) -> SharedLayer:
+    weight, bias = parameters
+    inner = problem.inner
+    rates = inner.layer_rates(i)
+    tasks, shots = support.shape[:2]
+    match form:
+        case "shared":
+            return SharedLayer(weight, bias)
+        case "primal":
+            return PrimalLayer(weight, bias, rates, inner.momentum, inner.weight_decay)
+        case "dual" if i == inner.first_adapted:
+            return DualFirstLayer(weight, bias, rates, inner.momentum, inner.weight_decay, support)
+        case "dual":
+            return DualLayer(weight, bias, rates, inner.momentum, inner.weight_decay, tasks, shots)
+    raise AssertionError(f"no form {form!r}")

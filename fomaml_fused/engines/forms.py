@@ -1,0 +1,289 @@
+"""The forms of a layer during adaptation, as batched torch ops: shared, primal, dual, and the dual first layer.
+
+A form answers the same questions for a chunk of T tasks; support samples are [T, S, ...], query samples [T, Q, ...]:
+
+    forward(x, k)     Z of the support samples with the weights after k steps
+    backward(d, k)    the gradient with respect to that layer's input
+    step(x, d, k)     take inner step k from its input X and the gradient D of its pre-activation
+    query(x)          Z with the weights after the last step
+    query_backward(d) the gradient with respect to that input
+
+Every form writes to tensors of its own only: parameters and inputs stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .coefficients import coefficients
+
+
+class SharedLayer:
+    """A layer that never moves: all tasks' rows go through the shared weights in one product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: [out, in].  bias: [out] or None."""
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        return self._shared(x)
+
+    def backward(self, d: Tensor, k: int) -> Tensor:
+        return self._shared_backward(d)
+
+    def step(self, x: Tensor, d: Tensor, k: int) -> None:
+        raise AssertionError("a shared layer takes no step")
+
+    def query(self, x: Tensor) -> Tensor:
+        return self._shared(x)
+
+    def query_backward(self, d: Tensor) -> Tensor:
+        return self._shared_backward(d)
+
+    def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
+        """The weights [t, out, in] and biases [t, out] after the last step, of a slice of t tasks."""
+        tasks = task.stop - task.start
+        bias = None if self.bias is None else self.bias.expand(tasks, -1)
+        return self.weight.expand(tasks, -1, -1), bias
+
+    def _shared(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Scale * (x @ W_0.T + b_0), [T, S, out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.bias is not None:
+            z = torch.addmm(self.bias, rows, self.weight.t(), beta=scale, alpha=scale)
+        else:
+            z = _scaled_mm(rows, self.weight.t(), scale)
+        return z.view(*x.shape[:-1], -1)
+
+    def _shared_backward(self, d: Tensor, scale: float = 1.0) -> Tensor:
+        """Scale * d @ W_0, [T, S, in]."""
+        return _scaled_mm(d.reshape(-1, d.shape[-1]), self.weight, scale).view(*d.shape[:-1], -1)
+
+
+class PrimalLayer(SharedLayer):
+    """Every task has its own weights in memory, born with the first step: step 0 reads the shared ones."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rates: tuple[float, ...], momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(weight, bias)
+        self.rates, self.momentum, self.weight_decay = rates, momentum, weight_decay
+        self.fast_weight: Tensor | None = None  # [T, out, in]
+        self.fast_bias: Tensor | None = None  # [T, 1, out]
+        self.weight_velocity: Tensor | None = None
+        self.bias_velocity: Tensor | None = None
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        return self.query(x)
+
+    def backward(self, d: Tensor, k: int) -> Tensor:
+        return self.query_backward(d)
+
+    def step(self, x: Tensor, d: Tensor, k: int) -> None:
+        if self.momentum and len(self.rates) > 1:
+            self._momentum_step(x, d, self.rates[k])
+            return
+        rate = self.rates[k]
+        keep = 1.0 - rate * self.weight_decay
+        if self.fast_weight is None:
+            self.fast_weight = torch.baddbmm(self.weight, d.mT, x, beta=keep, alpha=-rate)
+            if self.bias is not None:
+                self.fast_bias = torch.sub(_scaled(self.bias, keep), d.sum(1, keepdim=True), alpha=rate)
+            return
+        self.fast_weight.baddbmm_(d.mT, x, beta=keep, alpha=-rate)
+        if self.fast_bias is not None:
+            _scale_(self.fast_bias, keep).sub_(d.sum(1, keepdim=True), alpha=rate)
+
+    def _momentum_step(self, x: Tensor, d: Tensor, rate: float) -> None:
+        if self.fast_weight is None:
+            self.weight_velocity = torch.baddbmm(self.weight, d.mT, x, beta=self.weight_decay)
+            self.fast_weight = torch.sub(self.weight, self.weight_velocity, alpha=rate)
+            if self.bias is not None:
+                self.bias_velocity = torch.add(d.sum(1, keepdim=True), self.bias, alpha=self.weight_decay)
+                self.fast_bias = torch.sub(self.bias, self.bias_velocity, alpha=rate)
+            return
+        assert self.weight_velocity is not None
+        self.weight_velocity.baddbmm_(d.mT, x, beta=self.momentum)
+        if self.weight_decay:
+            self.weight_velocity.add_(self.fast_weight, alpha=self.weight_decay)
+        self.fast_weight.sub_(self.weight_velocity, alpha=rate)
+        if self.fast_bias is not None:
+            assert self.bias_velocity is not None
+            self.bias_velocity.mul_(self.momentum).add_(d.sum(1, keepdim=True))
+            if self.weight_decay:
+                self.bias_velocity.add_(self.fast_bias, alpha=self.weight_decay)
+            self.fast_bias.sub_(self.bias_velocity, alpha=rate)
+
+    def query(self, x: Tensor) -> Tensor:
+        if self.fast_weight is None:
+            return self._shared(x)
+        if self.fast_bias is None:
+            return torch.bmm(x, self.fast_weight.mT)
+        return torch.baddbmm(self.fast_bias, x, self.fast_weight.mT)
+
+    def query_backward(self, d: Tensor) -> Tensor:
+        return self._shared_backward(d) if self.fast_weight is None else torch.bmm(d, self.fast_weight)
+
+    def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
+        if self.fast_weight is None:
+            return super().adapted(task)
+        return self.fast_weight[task], None if self.fast_bias is None else self.fast_bias[task].squeeze(1)
+
+
+class DualLayer(SharedLayer):
+    """No task has weights: the shared ones serve all, and each task's own history of (X_j, D_j) corrects them.
+
+        Z  = s_k (X W_0ᵀ + b_0) - sum_j c_{k,j} (X X_jᵀ + 1) D_j
+        dX = s_k  D W_0         - sum_j c_{k,j} (D D_jᵀ) X_j
+
+    The history is [T, K * S, ...], the steps one after the other, so that a sum over j is one batched product.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rates: tuple[float, ...],
+        momentum: float,
+        weight_decay: float,
+        tasks: int,
+        shots: int,
+    ) -> None:
+        super().__init__(weight, bias)
+        self.steps, self.shots = len(rates), shots
+        self.coefficients = coefficients(rates, momentum, weight_decay)
+        self.inputs = weight.new_empty(tasks, self.steps * shots, weight.shape[1])  # X_j: [T, K * S, in]
+        self.gradients = weight.new_empty(tasks, self.steps * shots, weight.shape[0])  # D_j: [T, K * S, out]
+        self.ones = weight.new_ones(())
+        self.history_weights: Tensor | None = None  # c_{k,j} for every sample of step j: [K + 1, K * S]
+        if not self.coefficients.settled:
+            rows = [row + (0.0,) * (self.steps - len(row)) for row in self.coefficients.history]
+            self.history_weights = weight.new_tensor(rows).repeat_interleave(shots, dim=1)
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        z = self._shared(x, self.coefficients.shared[k])
+        if k == 0:
+            return z
+        past = k * self.shots
+        inputs = self.inputs[:, :past].mT
+        gram = torch.bmm(x, inputs) if self.bias is None else torch.baddbmm(self.ones, x, inputs)  # [T, S, k * S]
+        return z.baddbmm_(self._weigh(gram, k), self.gradients[:, :past], alpha=-1.0)
+
+    def backward(self, d: Tensor, k: int) -> Tensor:
+        dx = self._shared_backward(d, self.coefficients.shared[k])
+        if k == 0:
+            return dx
+        past = k * self.shots
+        gram = torch.bmm(d, self.gradients[:, :past].mT)  # [T, S, k * S]
+        return dx.baddbmm_(self._weigh(gram, k), self.inputs[:, :past], alpha=-1.0)
+
+    def step(self, x: Tensor, d: Tensor, k: int) -> None:
+        rows = slice(k * self.shots, (k + 1) * self.shots)
+        self.inputs[:, rows] = x
+        if self.history_weights is None:  # then the history carries its rate and never has to be weighed again
+            torch.mul(d, self.coefficients.history[-1][k], out=self.gradients[:, rows])
+        else:
+            self.gradients[:, rows] = d
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.forward(x, self.steps)
+
+    def query_backward(self, d: Tensor) -> Tensor:
+        return self.backward(d, self.steps)
+
+    def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
+        s = self.coefficients.shared[-1]
+        gradients = self._weigh(self.gradients[task].mT.contiguous(), self.steps)  # [t, out, K * S]
+        weight = torch.baddbmm(self.weight, gradients, self.inputs[task], beta=s, alpha=-1.0)
+        return weight, None if self.bias is None else s * self.bias - gradients.sum(2)
+
+    def _weigh(self, gram: Tensor, k: int) -> Tensor:
+        """Multiply the columns of step j by c_{k,j}, in place; [T, ..., k * S]."""
+        return gram if self.history_weights is None else gram.mul_(self.history_weights[k, : gram.shape[-1]])
+
+
+class DualFirstLayer(SharedLayer):
+    """The dual form of a layer whose support input never changes: history and products collapse.
+
+    `X W_0ᵀ` and the Gram matrix `X Xᵀ` are computed once, and the history is one matrix `H = sum_j c_{k,j} D_j`, which
+    follows the recurrence of SGD itself.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rates: tuple[float, ...],
+        momentum: float,
+        weight_decay: float,
+        support: Tensor,
+    ) -> None:
+        """support: the layer's input on the support set at every step, [T, S, in]."""
+        super().__init__(weight, bias)
+        self.rates, self.momentum, self.weight_decay = rates, momentum, weight_decay
+        self.coefficients = coefficients(rates, momentum, weight_decay)
+        self.support = support
+        self.ones = weight.new_ones(())
+        self.shared_z = self._shared(support)  # [T, S, out]
+        self.gram = self._gram(support)  # [T, S, S]
+        self.history: Tensor | None = None  # H: [T, S, out]
+        self.velocity: Tensor | None = None
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        if self.history is None:
+            return self.shared_z.clone()
+        return torch.baddbmm(self.shared_z, self.gram, self.history, beta=self.coefficients.shared[k], alpha=-1.0)
+
+    def backward(self, d: Tensor, k: int) -> Tensor:
+        raise AssertionError("nothing below the first adapted layer moves")
+
+    def step(self, x: Tensor, d: Tensor, k: int) -> None:
+        rate = self.rates[k]
+        if self.history is None:
+            self.history = d * rate
+            if self.momentum or self.weight_decay:
+                self.velocity = d.clone()
+            return
+        if self.velocity is None:
+            self.history.add_(d, alpha=rate)
+            return
+        self.velocity.mul_(self.momentum).add_(d)
+        if self.weight_decay:
+            self.velocity.sub_(self.history, alpha=self.weight_decay)
+        self.history.add_(self.velocity, alpha=rate)
+
+    def query(self, x: Tensor) -> Tensor:
+        z = self._shared(x, self.coefficients.shared[-1])
+        assert self.history is not None
+        return z.baddbmm_(self._gram(x), self.history, alpha=-1.0)
+
+    def query_backward(self, d: Tensor) -> Tensor:
+        assert self.history is not None
+        dx = self._shared_backward(d, self.coefficients.shared[-1])
+        return dx.baddbmm_(torch.bmm(d, self.history.mT), self.support, alpha=-1.0)
+
+    def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
+        assert self.history is not None
+        s, history = self.coefficients.shared[-1], self.history[task]
+        weight = torch.baddbmm(self.weight, history.mT, self.support[task], beta=s, alpha=-1.0)
+        return weight, None if self.bias is None else s * self.bias - history.sum(1)
+
+    def _gram(self, x: Tensor) -> Tensor:
+        """X X_supportᵀ, + 1 for the bias; [T, S or Q, S]."""
+        return torch.bmm(x, self.support.mT) if self.bias is None else torch.baddbmm(self.ones, x, self.support.mT)
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if scale == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def _scale_(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.mul_(factor)

@@ -1,0 +1,108 @@
+"""Losses of a batch of tasks: the value of each task, and the gradient with respect to its outputs in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import Loss
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """A loss against fixed targets, ready to be evaluated at every inner step.
+
+    Attributes:
+        gradient: outputs [T, N, out] -> the gradient of each task's loss, [T, N, out]; outputs stay as they are.
+        values: outputs [T, N, out] -> the loss of each task, [T]; differentiable by autograd.
+    """
+
+    gradient: Callable[[Tensor], Tensor]
+    values: Callable[[Tensor], Tensor]
+
+
+def task_loss(loss: Loss, targets: Tensor, weight: Tensor | None, out_features: int, dtype: torch.dtype) -> TaskLoss:
+    """The loss of each task: the weighted mean over its samples.
+
+    Args:
+        targets: [T, N] class indices or [T, N, out].
+        weight: [T, N] or None.
+        out_features: the width of the outputs.
+        dtype: of the outputs.
+    """
+    values = partial(_task_values, loss, targets, weight)
+    if loss.name == "callable":
+        return TaskLoss(partial(_autograd_gradient, values), values)
+    samples = targets.shape[1]
+    averaged = samples if loss.takes_classes else samples * out_features
+    # dL/dz = scale * residual(z): a number when all samples count alike, else a factor per sample [T, N, 1].
+    scale: float | Tensor = 1.0 / max(averaged, 1)
+    if weight is not None:
+        scale = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1) * (samples / max(averaged, 1))
+    residual = _residual(loss, targets, out_features, dtype)
+    return TaskLoss(lambda outputs: residual(outputs).mul_(scale), values)
+
+
+def sample_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each sample [N] for outputs [N, out].
+
+    Raises:
+        ValueError: a callable loss gave another shape.
+    """
+    match loss.name:
+        case "mse":
+            return (outputs - targets).square().mean(-1)
+        case "l1":
+            return (outputs - targets).abs().mean(-1)
+        case "huber":
+            return F.huber_loss(outputs, targets, reduction="none", delta=loss.delta).mean(-1)
+        case "bce_with_logits":
+            return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(-1)
+        case "cross_entropy":
+            return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=loss.label_smoothing)
+    assert loss.function is not None
+    samples = loss.function(outputs, targets)
+    if samples.shape != outputs.shape[:1]:
+        raise ValueError(
+            f"loss gave a tensor of shape {list(samples.shape)}; a callable takes (outputs [N, out], targets [N, ...]) "
+            f"and gives a loss per sample, here {list(outputs.shape[:1])}"
+        )
+    return samples
+
+
+def _task_values(loss: Loss, targets: Tensor, weight: Tensor | None, outputs: Tensor) -> Tensor:
+    samples = sample_losses(loss, outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape[:2])
+    return samples.mean(1) if weight is None else (samples * weight).sum(1) / weight.sum(1)
+
+
+def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Outputs -> out_features * d(sample loss)/d(outputs), or without the factor where classes are taken."""
+    match loss.name:
+        case "mse":
+            return lambda z: torch.sub(z, targets).mul_(2.0)
+        case "l1":
+            return lambda z: torch.sub(z, targets).sign_()
+        case "huber":
+            delta = loss.delta
+            return lambda z: torch.sub(z, targets).clamp_(-delta, delta)
+        case "bce_with_logits":
+            return lambda z: torch.sigmoid(z).sub_(targets)
+        case "cross_entropy":
+            smooth = loss.label_smoothing
+            expected = F.one_hot(targets, out_features).to(dtype)
+            if smooth:
+                expected = expected.mul_(1.0 - smooth).add_(smooth / out_features)
+            return lambda z: torch.softmax(z, -1).sub_(expected)
+    raise AssertionError(f"no gradient for loss {loss}")
+
+
+def _autograd_gradient(values: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    with torch.enable_grad():
+        point = outputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(values(point).sum(), point)
+    return gradient.clone()

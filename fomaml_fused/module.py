@@ -1,0 +1,238 @@
+"""`FOMAML`, the drop-in `nn.Module`: the step from a user's model and tensors to a plan and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .adapted import AdaptedMLP, ReferenceAdapted
+from .autograd import AdaptedTasks, FlatParameters, meta_loss, predict
+from .batch import Sizes, Support, check_query, check_query_features, check_support
+from .engines.losses import task_loss
+from .network import read_network
+from .planner import BACKENDS, Plan, make_plan
+from .problem import InnerLoop, Loss, Problem, SampleLoss, adapted_layers, inner_rates
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class FOMAML(nn.Module):
+    """First-order MAML (Finn et al. 2017, section 5.2; Nichol et al. 2018) around a multi-layer perceptron.
+
+        meta = FOMAML(model, lr=0.4, steps=5, loss="cross_entropy")
+        loss = meta(support_x, support_y, query_x, query_y)
+        loss.backward()                      # the FOMAML gradient, on model.parameters()
+
+    Args:
+        model: an `nn.Sequential` of `nn.Linear` and activations. Its parameters stay the parameters, and its state
+            dict is this module's.
+        lr: the inner learning rate: a number, or anything that broadcasts to [steps, layers].
+        steps: inner steps of gradient descent on the support loss, 0 or more.
+        loss: "mse", "l1", "huber", "cross_entropy", "bce_with_logits", a `Loss` with its options, or a callable
+            (outputs [N, out], targets [N, ...]) -> loss per sample [N].
+        outer_loss: the loss on the query set; None for the same.
+        momentum, weight_decay: of the inner loop, as in `torch.optim.SGD`.
+        adapt: the layers that move: "all", "head" (the last), "body" (all others) or indices.
+        backend: "auto", "torch" (batched torch ops), or "reference" (autograd, one task at a time).
+
+    Raises:
+        TypeError, ValueError: an argument is not taken; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: Any = 0.01,
+        steps: int = 1,
+        loss: str | Loss | SampleLoss = "mse",
+        outer_loss: str | Loss | SampleLoss | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        adapt: str | Iterable[int] = "all",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        network, linears = read_network(model)
+        inner = InnerLoop(
+            rates=inner_rates(lr, steps, network.depth),
+            adapt=adapted_layers(adapt, network.depth),
+            momentum=float(momentum),
+            weight_decay=float(weight_decay),
+        )
+        inner_loss = Loss.of(loss)
+        outer = inner_loss if outer_loss is None else Loss.of(outer_loss, "outer_loss")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
+        self.model = model
+        self.problem = Problem(network, inner, inner_loss, outer)
+        self.backend = backend
+        self._linears = linears
+        self.register_state_dict_post_hook(_to_plain_names)
+        self.register_load_state_dict_pre_hook(_from_plain_names)
+
+    def forward(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        *,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        task_weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The query loss of the adapted networks.
+
+        Args:
+            support_x: [T, S, in].  query_x: [T, Q, in]; its gradient flows, to first order.
+            support_y, query_y: [T, S] and [T, Q] int64 for cross-entropy, else [T, S, out] and [T, Q, out].
+            support_weight, query_weight: a weight per sample, [T, S] and [T, Q]; a mask is a weight of 0 or 1. A task's
+                loss is the weighted mean over its samples.
+            task_weight: [T].
+            reduction: over tasks, as in `torch.nn.functional.cross_entropy`: "mean" (weighted), "sum" or "none".
+
+        Returns:
+            A scalar, or [T] with `reduction="none"`. A mean over nothing is nan, as in torch.
+
+        Raises:
+            TypeError, ValueError: an argument is not taken; the message names it.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}")
+        support = self._support(support_x, support_y, support_weight)
+        query = check_query(self.problem, self._like, support.x.shape[0], query_x, query_y, query_weight, task_weight)
+        plan = self._plan(support, query_x.shape[1])
+        # The fused loss has gradients for parameters and query features; what else asks for one goes through predict.
+        others = (query.y, query.weight, query.task_weight)
+        if (
+            reduction != "none"
+            and plan.engine != "reference"
+            and not any(t is not None and t.requires_grad for t in others)
+        ):
+            return meta_loss(plan, support, query, reduction, self._parameters_flat())
+        outputs = self._predict(plan, support, query_x)
+        loss = task_loss(self.problem.outer_loss, query.y, query.weight, outputs.shape[2], outputs.dtype)
+        return reference.reduce_tasks(loss.values(outputs), query.task_weight, reduction)
+
+    def predict(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
+    ) -> Tensor:
+        """Outputs [T, Q, out] of the adapted networks, differentiable to first order: bring your own outer loss."""
+        support = self._support(support_x, support_y, support_weight)
+        check_query_features(self.problem, self._like, support.x.shape[0], query_x)
+        return self._predict(self._plan(support, query_x.shape[1]), support, query_x)
+
+    def adapt(
+        self, support_x: Tensor, support_y: Tensor, *, support_weight: Tensor | None = None
+    ) -> AdaptedMLP | ReferenceAdapted:
+        """The adapted networks, to be called on any number of query samples."""
+        support = self._support(support_x, support_y, support_weight)
+        plan = self._plan(support, support.x.shape[1])
+
+        def check(tasks: int, query_x: Tensor) -> None:
+            check_query_features(self.problem, self._like, tasks, query_x)
+
+        if plan.engine == "reference":
+            return ReferenceAdapted(self.model, self._reference_weights(support), check)
+        live = self._parameters_flat()
+        snapshot = tuple(None if p is None else p.detach().clone() for p in live)
+        tasks = AdaptedTasks(plan, support, snapshot, keep=True)
+        return AdaptedMLP(self.model, self._names(), tasks, live, check)
+
+    def plan(
+        self,
+        tasks: int,
+        shots: int,
+        queries: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """How a batch of these sizes would be computed, and why; `print` it.
+
+        Args:
+            queries: None for as many as shots.
+            dtype, device: None for those of the model.
+        """
+        sizes = Sizes(
+            tasks,
+            shots,
+            shots if queries is None else queries,
+            self._like.dtype if dtype is None else dtype,
+            self._like.device if device is None else torch.device(device),
+        )
+        return make_plan(self.problem, sizes, self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.problem}, backend={self.backend!r}"
+
+    @property
+    def _like(self) -> Tensor:
+        return self._linears[0].weight
+
+    def _support(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Support:
+        return check_support(self.problem, self._like, x, y, weight)
+
+    def _plan(self, support: Support, queries: int) -> Plan:
+        tasks, shots, _ = support.x.shape
+        return make_plan(self.problem, Sizes(tasks, shots, queries, support.x.dtype, support.x.device), self.backend)
+
+    def _predict(self, plan: Plan, support: Support, query_x: Tensor) -> Tensor:
+        if plan.engine == "reference":
+            return ReferenceAdapted(self.model, self._reference_weights(support), lambda *_: None)(query_x)
+        parameters = self._parameters_flat()
+        return predict(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), query_x, parameters)
+
+    def _reference_weights(self, support: Support) -> list[dict[str, Tensor]]:
+        inner = self.problem.inner
+        return [
+            reference.adapt_task(
+                self.model,
+                support.x[t],
+                support.y[t],
+                lr=inner.rates if inner.steps else 0.0,
+                steps=inner.steps,
+                loss=self.problem.loss,
+                momentum=inner.momentum,
+                weight_decay=inner.weight_decay,
+                adapt=[i for i, moves in enumerate(inner.adapt) if moves],
+                weight=None if support.weight is None else support.weight[t],
+            )
+            for t in range(support.x.shape[0])
+        ]
+
+    def _parameters_flat(self) -> FlatParameters:
+        return tuple(p for linear in self._linears for p in (linear.weight, linear.bias))
+
+    def _names(self) -> tuple[tuple[str, str | None], ...]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return tuple(
+            (names[id(linear.weight)], None if linear.bias is None else names[id(linear.bias)])
+            for linear in self._linears
+        )
+
+
+class ANIL(FOMAML):
+    """`FOMAML` whose inner loop moves the head alone (Raghu et al. 2020); every layer gets its outer gradient."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, adapt="head", **options)
+
+
+def _to_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Drop `model.` from the names, so that the state dict is the plain model's."""
+    assert isinstance(module, FOMAML)
+    for name in module.model.state_dict(keep_vars=True):
+        state[prefix + name] = state.pop(f"{prefix}model.{name}")
+
+
+def _from_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, FOMAML)
+    plain = {name: state.pop(prefix + name) for name in module.model.state_dict() if prefix + name in state}
+    state.update({f"{prefix}model.{name}": value for name, value in plain.items()})

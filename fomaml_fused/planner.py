@@ -1,0 +1,252 @@
+"""How a problem is computed: which engine, which form for each layer, how many tasks at a time, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .batch import Sizes
+from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
+from .problem import Problem
+
+BACKENDS = ("auto", "torch", "reference")
+FORMS = ("primal", "dual")
+# Scratch a chunk of tasks may take. Small enough for any machine that trains, far above what a chunk needs to be fast.
+MEMORY_BOUND = 1 << 30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the cost model says of an alternative: seconds, flops and bytes of one meta-step."""
+
+    seconds: float
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The form of one layer, with the estimate of each form it could take."""
+
+    form: str
+    estimates: tuple[tuple[str, Estimate], ...]
+
+    @property
+    def estimate(self) -> Estimate:
+        return dict(self.estimates)[self.form]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision of the planner, and what it was made from. `print(plan)` explains it.
+
+    Attributes:
+        engine: "batched" or "reference".
+        layers: the form of each layer.
+        chunk: tasks that run at a time.
+        keeps_state: whether `predict` keeps all tasks' adapted layers for its backward; else it adapts again.
+        memory: bytes that a chunk holds at its peak, by the model.
+        naive_memory: bytes of fast weights and gradients of every task, which the per-task formula would hold.
+        reason: why this engine runs.
+    """
+
+    problem: Problem
+    sizes: Sizes
+    engine: str
+    layers: tuple[LayerPlan, ...]
+    chunk: int
+    keeps_state: bool
+    memory: float
+    naive_memory: float
+    reason: str
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return tuple(layer.form for layer in self.layers)
+
+    @property
+    def estimate(self) -> Estimate:
+        parts = [layer.estimate for layer in self.layers]
+        return Estimate(*(sum(getattr(p, name) for p in parts) for name in ("seconds", "flops", "bytes")))
+
+    def explain(self) -> str:
+        """A table of the plan: chosen forms, the alternatives, memory."""
+        sizes, problem = self.sizes, self.problem
+        lines = [
+            f"{problem}",
+            f"T={sizes.tasks} tasks, S={sizes.shots} shots, Q={sizes.queries} queries, "
+            f"{str(sizes.dtype).removeprefix('torch.')} on {sizes.device}",
+            f"engine {self.engine}: {self.reason}",
+        ]
+        if self.engine == "reference":
+            return "\n".join(lines)
+        rows = [("layer", "form", "flops", "bytes", "time", "instead")]
+        for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):
+            estimate = plan.estimate
+            others = [f"{form} {_scaled(e.seconds, 's')}" for form, e in plan.estimates if form != plan.form]
+            name = f"{i}: {layer.in_features} -> {layer.out_features}"
+            rows.append((name, plan.form, *_row(estimate), ", ".join(others) or "- (does not move)"))
+        rows.append(("all", "", *_row(self.estimate), ""))
+        lines += ["", *_table(rows), ""]
+        plans = [("chosen", self)]
+        for form in FORMS:
+            other = _make_plan(problem, sizes, "torch", Override((form,) * problem.network.depth))
+            if other.forms != self.forms:
+                plans.append((f"all {form}", other))
+        rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
+        rows += [(name, str(p.chunk), *_row(p.estimate), _scaled(p.memory, "B")) for name, p in plans]
+        rows.append(("per task, by the formula", "1", "", "", "", _scaled(self.naive_memory, "B")))
+        lines += [*_table(rows), ""]
+        lines.append("times are the cost model's, for comparison; they are not measurements")
+        return "\n".join(lines)
+
+    __str__ = explain
+
+
+@dataclass(frozen=True)
+class Override:
+    """What the planner is told instead of choosing it.
+
+    Attributes:
+        forms: the form of each layer, "primal" or "dual"; layers that do not move stay shared.
+        chunk: tasks at a time.
+        memory_bound: bytes of scratch that a chunk may take.
+    """
+
+    forms: tuple[str, ...] | None = None
+    chunk: int | None = None
+    memory_bound: int = MEMORY_BOUND
+
+    def __post_init__(self) -> None:
+        if self.forms is not None and not set(self.forms) <= set(FORMS):
+            raise ValueError(f"forms is {self.forms}; it takes 'primal' or 'dual' for each layer")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it takes at least one task")
+
+
+_override: ContextVar[Override] = ContextVar("override", default=Override())  # noqa: B039 (it is frozen)
+
+
+@contextmanager
+def override(
+    *, forms: Sequence[str] | None = None, chunk: int | None = None, memory_bound: int = MEMORY_BOUND
+) -> Iterator[None]:
+    """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
+
+    Raises:
+        ValueError: an unknown form or a chunk of no task; when planning, not one form a layer.
+    """
+    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto") -> Plan:
+    """Plan a batch of tasks. Deterministic: the same arguments and overrides give the same plan.
+
+    Args:
+        backend: "auto", "torch" or "reference".
+
+    Raises:
+        ValueError: an unknown backend, or not one overriding form a layer.
+    """
+    return _make_plan(problem, sizes, backend, _override.get())
+
+
+@lru_cache(maxsize=4096)
+def _make_plan(problem: Problem, sizes: Sizes, backend: str, told: Override) -> Plan:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
+    depth = problem.network.depth
+    if told.forms is not None and len(told.forms) != depth:
+        raise ValueError(f"forms is {told.forms}; it takes 'primal' or 'dual' for each of the {depth} layers")
+    if backend == "reference":
+        layers = tuple(LayerPlan("reference", ()) for _ in range(depth))
+        naive = float(2 * problem.network.parameters * sizes.dtype.itemsize)
+        return Plan(problem, sizes, "reference", layers, 1, True, naive, naive, "one task at a time, by autograd")
+
+    device = CPU if sizes.device.type == "cpu" else GPU
+    candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
+    plans = [_plan_chunk(problem, sizes, device, told, chunk) for chunk in candidates]
+    within = [plan for plan in plans if plan.memory <= told.memory_bound] or plans[-1:]
+    return min(within, key=lambda plan: plan.estimate.seconds)
+
+
+def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int) -> Plan:
+    """The cheapest forms for a given number of tasks at a time."""
+    inner, layers = problem.inner, problem.network.layers
+    itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)
+    shape = Shape(
+        chunk, sizes.shots, sizes.queries, inner.steps, itemsize, inner.momentum > 0.0, inner.weight_decay > 0.0
+    )
+    times = math.ceil(sizes.tasks / chunk)
+    chosen, held, state = [], 0.0, 0.0
+    for i, layer in enumerate(layers):
+        first = i == inner.first_adapted
+        if i < inner.first_adapted or not inner.adapt[i]:
+            possible: Sequence[str] = ("shared",)
+        else:
+            possible = FORMS
+        estimates = []
+        for form in possible:
+            working_set = layer_bytes(layer, form, first, shape) + layer.parameters * itemsize
+            estimates.append((form, _estimate(layer_operations(layer, form, first, shape), device, working_set, times)))
+        if told.forms is not None and len(possible) > 1:
+            form = told.forms[i]
+        else:
+            form = min(estimates, key=lambda pair: pair[1].seconds)[0]
+        chosen.append(LayerPlan(form, tuple(estimates)))
+        held += layer_bytes(layer, form, first, shape)
+        state += state_bytes(layer, form, first, shape)
+    return Plan(
+        problem=problem,
+        sizes=sizes,
+        engine="batched",
+        layers=tuple(chosen),
+        chunk=chunk,
+        keeps_state=(state + held) * times <= told.memory_bound,
+        memory=held,
+        naive_memory=float(2 * sizes.tasks * problem.network.parameters * itemsize),
+        reason=f"batched torch ops on {sizes.device.type}",
+    )
+
+
+def _estimate(operations: Iterable[Operation], device: Device, working_set: float, times: int) -> Estimate:
+    operations = list(operations)
+    return Estimate(
+        times * sum(op.seconds(device, working_set) for op in operations),
+        times * sum(op.flops for op in operations),
+        times * sum(op.bytes for op in operations),
+    )
+
+
+def _chunks(tasks: int) -> list[int]:
+    """All tasks at once, then half of them, a quarter, ..., one."""
+    chunks = [max(tasks, 1)]
+    while chunks[-1] > 1:
+        chunks.append(math.ceil(chunks[-1] / 2))
+    return chunks
+
+
+def _row(estimate: Estimate) -> tuple[str, str, str]:
+    return _scaled(estimate.flops, "F"), _scaled(estimate.bytes, "B"), _scaled(estimate.seconds, "s")
+
+
+def _scaled(value: float, unit: str) -> str:
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"0 {unit}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

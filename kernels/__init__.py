@@ -1,0 +1,1 @@
+"""Triton kernels; nothing here imports anything of `fomaml_fused`."""

@@ -1,0 +1,238 @@
+"""Random problems: a model, a batch of tasks and the options of the inner loop, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fomaml_fused as ff
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.1),
+    "elu": lambda: nn.ELU(0.7),
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": lambda: nn.Softplus(2.0),
+    "sine": lambda: ff.Sine(3.0),
+}
+
+
+def log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss no table holds."""
+    return (outputs - targets).cosh().log().sum(-1)
+
+
+LOSSES: dict[str, Any] = {
+    "mse": "mse",
+    "l1": "l1",
+    "huber": ff.Loss("huber", delta=0.3),
+    "cross_entropy": "cross_entropy",
+    "smooth_cross_entropy": ff.Loss("cross_entropy", label_smoothing=0.2),
+    "bce_with_logits": "bce_with_logits",
+    "callable": log_cosh,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A meta-learning problem that can be built in any dtype, the same numbers each time."""
+
+    widths: tuple[int, ...] = (3, 17, 5)
+    activation: str = "tanh"
+    last_activation: str = "identity"
+    bias: bool = True
+    loss: str = "mse"
+    outer_loss: str | None = None
+    tasks: int = 3
+    shots: int = 5
+    queries: int = 4
+    steps: int = 2
+    lr: Any = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    adapt: Any = "all"
+    weighted: bool = False
+    reduction: str = "mean"
+    seed: int = 0
+    forms: tuple[str, ...] | None = field(default=None, compare=False)
+    jitter: int = 0
+
+    def __str__(self) -> str:
+        name = f"{'x'.join(map(str, self.widths))}-{self.activation}-{self.loss}"
+        name += f"-T{self.tasks}S{self.shots}Q{self.queries}K{self.steps}"
+        plain = Case()
+        for option in ("last_activation", "bias", "outer_loss", "momentum", "weight_decay", "adapt", "weighted", "lr"):
+            if getattr(self, option) != getattr(plain, option):
+                name += f"-{option}={getattr(self, option)}"
+        return name
+
+    def model(self, dtype: torch.dtype) -> nn.Sequential:
+        torch.manual_seed(self.seed)
+        depth = len(self.widths) - 1
+        names = [self.activation] * (depth - 1) + [self.last_activation]
+        layers: list[nn.Module] = []
+        for before, after, name in zip(self.widths[:-1], self.widths[1:], names, strict=True):
+            layers += [nn.Linear(before, after, bias=self.bias, dtype=torch.float64), ACTIVATIONS[name]()]
+        model = nn.Sequential(*layers).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                self._jitter(parameter)
+        return model
+
+    def batch(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The tensors of a call, as keywords; query features ask for a gradient."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def targets(loss: str, samples: int) -> Tensor:
+            shape = (self.tasks, samples)
+            if "cross_entropy" in loss:
+                return torch.randint(self.widths[-1], shape, generator=generator)
+            values = normal(*shape, self.widths[-1])
+            return (values.sigmoid() if loss == "bce_with_logits" else values).to(dtype)
+
+        batch: dict[str, Any] = {
+            "support_x": normal(self.tasks, self.shots, self.widths[0]).to(dtype),
+            "support_y": targets(self.loss, self.shots),
+            "query_x": normal(self.tasks, self.queries, self.widths[0]).to(dtype),
+            "query_y": targets(self.outer_loss or self.loss, self.queries),
+        }
+        self._jitter(batch["support_x"])
+        self._jitter(batch["query_x"]).requires_grad_()
+        if self.weighted:
+            for name, shape in (("support", (self.tasks, self.shots)), ("query", (self.tasks, self.queries))):
+                weight = torch.rand(shape, generator=generator, dtype=torch.float64)
+                weight[:, 1:] *= torch.rand(shape, generator=generator, dtype=torch.float64)[:, 1:] > 0.3  # a mask too
+                batch[f"{name}_weight"] = weight.to(dtype)
+            batch["task_weight"] = torch.rand(self.tasks, generator=generator, dtype=torch.float64).to(dtype)
+        return batch
+
+    def _jitter(self, values: Tensor) -> Tensor:
+        """Move values by at most one rounding error of their dtype, in place, another way for each `jitter` but 0."""
+        if self.jitter:
+            generator = torch.Generator().manual_seed(self.jitter)
+            noise = torch.rand(values.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            values.mul_((1 + noise * torch.finfo(values.dtype).eps).to(values.dtype))
+        return values
+
+    def options(self) -> dict[str, Any]:
+        names = ("lr", "steps", "momentum", "weight_decay", "adapt")
+        outer = None if self.outer_loss is None else LOSSES[self.outer_loss]
+        return {name: getattr(self, name) for name in names} | {"loss": LOSSES[self.loss], "outer_loss": outer}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The loss of each task, and every gradient by name: of the reduced loss, and of the losses under cotangents."""
+
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, loss: Callable[..., Tensor], case: Case, model: nn.Module, dtype: torch.dtype) -> Solution:
+        """loss: takes the keywords of a call and gives the meta-loss of `model`."""
+        batch = case.batch(dtype)
+        inputs = {"query_x": batch["query_x"], **dict(model.named_parameters())}
+
+        def gradients(value: Tensor, cotangent: Tensor | None, label: str) -> dict[str, Tensor]:
+            found = torch.autograd.grad(value, list(inputs.values()), cotangent)
+            return {f"{label} d/d {name}": g for name, g in zip(inputs, found, strict=True)}
+
+        reduced = loss(**batch, reduction=case.reduction if case.reduction != "none" else "mean")
+        per_task = loss(**batch, reduction="none")
+        cotangent = torch.randn(case.tasks, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+        values = {"reduced": reduced.detach(), "per task": per_task.detach()}
+        return cls(values | gradients(reduced, None, "reduced") | gradients(per_task, cotangent, "per task"))
+
+
+def by_oracle(case: Case, dtype: torch.dtype) -> Solution:
+    model = case.model(dtype)
+    return Solution.of(lambda **batch: ff.reference.meta_loss(model, **batch, **case.options()), case, model, dtype)
+
+
+def assert_close(actual: Solution, expected: Solution, tolerance: float) -> None:
+    """Every value within `tolerance` of the expected one, relative to the norm of that value."""
+    for name, value in expected.values.items():
+        error = relative_error(actual.values[name], value)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, taken are {tolerance:.0e}"
+
+
+def yardsticks(case: Case, dtype: torch.dtype) -> list[Solution]:
+    """Torch's own solutions in `dtype`, of the problem and of others that a rounding of its inputs cannot tell from it.
+
+    One solution alone may be right by luck where a problem is ill-conditioned; the worst of a few is torch's error.
+    """
+    return [by_oracle(replace(case, jitter=jitter), dtype) for jitter in range(4)]
+
+
+def assert_no_worse_than_twice(actual: Solution, own: Sequence[Solution], expected: Solution) -> None:
+    """Every error at most twice torch's own in the same dtype, plus 1e-6."""
+    for name, value in expected.values.items():
+        error = relative_error(actual.values[name], value)
+        own_error = max(relative_error(solution.values[name], value) for solution in own)
+        assert error <= 2.0 * own_error + 1e-6, f"{name}: relative error {error:.2e}, torch's own is {own_error:.2e}"
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference over the norm of the expected; nan, which no bound admits, where one is nan."""
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = (actual - expected).norm()
+    return float(difference / expected.norm().clamp_min(1e-30)) if difference else 0.0
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Random problems with odd sizes, up to four layers."""
+    size = st.sampled_from([1, 2, 3, 5, 17])
+    depth = draw(st.integers(1, 4))
+    loss = draw(st.sampled_from(sorted(LOSSES)))
+    steps = draw(st.integers(0, 3))
+    rate = st.floats(0.0, 0.2).map(lambda r: round(r, 3))
+    case = Case(
+        widths=tuple(draw(st.lists(size, min_size=depth + 1, max_size=depth + 1))),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        last_activation=draw(st.sampled_from(["identity", "identity", "tanh", "softplus"])),
+        bias=draw(st.booleans()),
+        loss=loss,
+        outer_loss=draw(st.one_of(st.none(), st.sampled_from(sorted(LOSSES)))),
+        tasks=draw(st.integers(1, 4)),
+        shots=draw(size),
+        queries=draw(size),
+        steps=steps,
+        lr=draw(
+            st.one_of(
+                rate,
+                st.lists(rate, min_size=depth, max_size=depth),
+                st.lists(st.lists(rate, min_size=depth, max_size=depth), min_size=steps, max_size=steps)
+                if steps
+                else rate,
+            )
+        ),
+        momentum=draw(st.sampled_from([0.0, 0.0, 0.9])),
+        weight_decay=draw(st.sampled_from([0.0, 0.0, 0.1])),
+        adapt=draw(st.one_of(st.sampled_from(["all", "head", "body"]), st.sets(st.integers(0, depth - 1)).map(sorted))),
+        weighted=draw(st.booleans()),
+        reduction=draw(st.sampled_from(["mean", "sum"])),
+        seed=draw(st.integers(0, 2**20)),
+    )
+    return replace(case, forms=tuple(draw(st.sampled_from(["primal", "dual"])) for _ in range(depth)))
+
+
+def by_engine(case: Case, dtype: torch.dtype, forms: Sequence[str] | None = None, chunk: int | None = None) -> Solution:
+    """The batched engine, with the planner's choices or the given ones."""
+    model = case.model(dtype)
+    meta = ff.FOMAML(model, **case.options(), backend="torch")
+    with ff.override(forms=forms, chunk=chunk):
+        return Solution.of(meta, case, model, dtype)

@@ -1,0 +1,92 @@
+"""The closed forms of docs/math.md, each on its own, against plain SGD in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fomaml_fused.engines.coefficients import coefficients
+
+S, Q, IN, OUT = 4, 3, 6, 5
+
+
+def history(steps: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """W_0 [OUT, IN], b_0 [OUT], and inputs X_j [S, IN] and gradients D_j [S, OUT] of every step."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        xs, ds = [torch.randn(S, IN) for _ in range(steps)], [torch.randn(S, OUT) for _ in range(steps)]
+        return torch.randn(OUT, IN), torch.randn(OUT), xs, ds
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("rates", [(), (0.1,), (0.1, 0.2, 0.0, 0.3)])
+def test_coefficients_give_the_weights_that_torch_sgd_gives(
+    rates: tuple[float, ...], momentum: float, weight_decay: float
+) -> None:
+    w0, b0, xs, ds = history(len(rates))
+    weight, bias = w0.clone().requires_grad_(), b0.clone().requires_grad_()
+    sgd = torch.optim.SGD([weight, bias], lr=1.0, momentum=momentum, weight_decay=weight_decay)
+    found = coefficients(rates, momentum, weight_decay)
+    for k in range(len(rates) + 1):
+        s, c = found.shared[k], found.history[k]
+        dual = s * w0 - sum(c[j] * ds[j].T @ xs[j] for j in range(k))
+        torch.testing.assert_close(dual, weight.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(s * b0 - sum(c[j] * ds[j].sum(0) for j in range(k)), bias.detach())
+        if k < len(rates):
+            sgd.param_groups[0]["lr"] = rates[k]
+            weight.grad, bias.grad = ds[k].T @ xs[k], ds[k].sum(0)
+            sgd.step()
+
+
+def test_plain_sgd_settles() -> None:
+    assert coefficients((0.1, 0.2, 0.3), 0.0, 0.0).settled
+    assert coefficients((0.1,), 0.9, 0.0).settled
+    assert not coefficients((0.1, 0.2), 0.9, 0.0).settled
+    assert not coefficients((0.1,), 0.0, 0.1).settled
+
+
+def test_the_dual_form_of_forward_and_backward() -> None:
+    w0, b0, xs, ds = history(3)
+    found = coefficients((0.1, 0.2, 0.3), 0.9, 0.1)
+    s, c = found.shared[3], found.history[3]
+    weight = s * w0 - sum(c[j] * ds[j].T @ xs[j] for j in range(3))
+    bias = s * b0 - sum(c[j] * ds[j].sum(0) for j in range(3))
+    x, d = torch.randn(Q, IN, dtype=torch.float64), torch.randn(Q, OUT, dtype=torch.float64)
+    z = s * (x @ w0.T + b0) - sum(c[j] * (x @ xs[j].T + 1) @ ds[j] for j in range(3))
+    dx = s * d @ w0 - sum(c[j] * (d @ ds[j].T) @ xs[j] for j in range(3))
+    torch.testing.assert_close(z, x @ weight.T + bias)
+    torch.testing.assert_close(dx, d @ weight)
+
+
+def test_the_history_of_the_first_layer_collapses() -> None:
+    _, _, (x, *_), ds = history(3)
+    c = coefficients((0.1, 0.2, 0.3), 0.9, 0.1).history[3]
+    collapsed = sum(c[j] * ds[j] for j in range(3))
+    torch.testing.assert_close(sum(c[j] * (x @ x.T + 1) @ ds[j] for j in range(3)), (x @ x.T + 1) @ collapsed)
+
+
+def test_products_with_a_gradient_come_from_gram_matrices() -> None:
+    _, _, (x, xq, *_), (d, dq, *_) = history(2)
+    inner = (dq.T @ xq * (d.T @ x)).sum() + dq.sum(0) @ d.sum(0)
+    torch.testing.assert_close(((xq @ x.T + 1) * (dq @ d.T)).sum(), inner)
+    norm = (d.T @ x).square().sum() + d.sum(0).square().sum()
+    torch.testing.assert_close(((x @ x.T + 1) * (d @ d.T)).sum(), norm)
+
+
+def test_the_gradient_of_a_rate_and_of_reptile_come_from_the_history() -> None:
+    w0, _, xs, ds = history(3)
+    rates = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, requires_grad=True)
+    weight, velocity, velocities = w0, torch.zeros_like(w0), []
+    for k in range(3):  # first order: what the rate multiplies is a constant
+        velocity = (0.9 * velocity + ds[k].T @ xs[k] + 0.1 * weight.detach()).detach()
+        velocities.append(velocity)
+        weight = weight - rates[k] * velocity
+    q = torch.randn(OUT, IN, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((weight * q).sum(), rates)
+    torch.testing.assert_close(torch.stack([-(q * v).sum() for v in velocities]), expected)
+    found = coefficients((0.1, 0.2, 0.3), 0.9, 0.1)
+    s, c = found.shared[3], found.history[3]
+    reptile = (1 - s) * w0 + sum(c[j] * ds[j].T @ xs[j] for j in range(3))
+    torch.testing.assert_close(reptile, (w0 - weight).detach())
