@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from . import reference
 from .autograd import AdaptedTasks, FlatParameters, predict
 
 
@@ -90,7 +90,7 @@ class ReferenceAdapted:
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
         self._check_query(len(self), query_x)
-        return torch.stack([functional_call(self._model, f, (x,)) for f, x in zip(self._fast, query_x, strict=True)])
+        return reference.run_tasks(self._model, self._fast, query_x)
 
     def weights(self) -> dict[str, Tensor]:
         """Every task's parameters by name, [T, *shape], detached."""

@@ -6,13 +6,12 @@ nothing per task. `predict` does not: whatever loss comes behind it, its backwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .batch import Query, Support
 from .engines import batched
@@ -101,14 +100,17 @@ class _MetaLoss(torch.autograd.Function):
                 dx = batched.query_backward(adapted, trace, d, _layers(outer), needs_features)
                 if features is not None and dx is not None:
                     features[start : start + length] = dx
-        ctx.dtype = query_x.dtype
+        ctx.dtype, ctx.inputs = query_x.dtype, (query_x, *parameters)
         ctx.save_for_backward(features, *outer)
         per_task = torch.cat(losses) if losses else query_x.new_empty(0, dtype=dtype)
         return _reduce(per_task, query, reduction).to(query_x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return _differentiable_once(_MetaLoss._backward, ctx, cotangent)
+
+    @staticmethod
+    def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         gradients = [None if g is None else (g * cotangent).to(ctx.dtype) for g in ctx.saved_tensors]
         return (None, None, None, None, None, *gradients)
 
@@ -124,7 +126,7 @@ class _Predict(torch.autograd.Function):
             outputs.append(trace.outputs)
             if tasks.kept is None:
                 traces.clear()
-        ctx.tasks, ctx.traces = tasks, traces
+        ctx.tasks, ctx.traces, ctx.inputs = tasks, traces, (query_x, *parameters)
         # Saved so that autograd notices when an optimiser changed them between forward and backward.
         ctx.save_for_backward(query_x, *parameters)
         if not outputs:
@@ -132,8 +134,11 @@ class _Predict(torch.autograd.Function):
         return torch.cat(outputs).to(query_x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return _differentiable_once(_Predict._backward, ctx, cotangent)
+
+    @staticmethod
+    def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         query_x, *parameters = ctx.saved_tensors
         dtype = compute_dtype(query_x.dtype)
         needs_features, *needs_parameters = ctx.needs_input_grad[1:]
@@ -148,6 +153,37 @@ class _Predict(torch.autograd.Function):
                 features[tasks] = dx
         gradients = [None if g is None else g.to(query_x.dtype) for g in (features, *outer)]
         return (None, *gradients)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient that came from `inputs`; its derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "the first-order meta-gradient has no second derivative; "
+            "fomaml_fused.reference.meta_loss(..., first_order=False) gives losses that can be differentiated twice"
+        )
+
+
+def _differentiable_once(
+    backward: Callable[[Any, Tensor], tuple[Any, ...]], ctx: Any, cotangent: Tensor
+) -> tuple[Any, ...]:
+    """Run a backward; where its results are to be differentiated again, make that an error.
+
+    `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
+    one too, and without an error a gradient penalty would silently count as a constant.
+    """
+    again = torch.is_grad_enabled()  # autograd enables gradients in a backward exactly under create_graph
+    with torch.no_grad():
+        gradients = backward(ctx, cotangent)
+    if not again:
+        return gradients
+    return tuple(None if g is None else _NoSecondDerivative.apply(g, *ctx.inputs) for g in gradients)
 
 
 def _adapt_chunk(plan: Plan, pairs: batched.Parameters, support: Support) -> batched.Adapted:

@@ -6,7 +6,7 @@ code with any engine. `docs/math.md` derives what it computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -135,12 +135,19 @@ def meta_loss(
 def predict(model: nn.Module, support_x: Tensor, support_y: Tensor, query_x: Tensor, **inner: Any) -> Tensor:
     """Adapted outputs on the query features, [T, Q, out]; `inner` as the keywords of `adapt_task`."""
     weights = inner.pop("support_weight", None)
-    outputs = []
-    for t in range(support_x.shape[0]):
-        weight = None if weights is None else weights[t]
-        fast = adapt_task(model, support_x[t].detach(), support_y[t], weight=weight, **inner)
-        outputs.append(functional_call(model, fast, (query_x[t],)))
-    return torch.stack(outputs)
+    fast = [
+        adapt_task(model, x.detach(), y, weight=None if weights is None else weights[t], **inner)
+        for t, (x, y) in enumerate(zip(support_x, support_y, strict=True))
+    ]
+    return run_tasks(model, fast, query_x)
+
+
+def run_tasks(model: nn.Module, fast: Sequence[Weights], x: Tensor) -> Tensor:
+    """Outputs [T, N, out] of each task's fast weights on its own features x [T, N, in]."""
+    if not fast:
+        outputs: Tensor = model(x)
+        return outputs
+    return torch.stack([functional_call(model, weights, (x[t],)) for t, weights in enumerate(fast)])
 
 
 def reduce_tasks(per_task: Tensor, task_weight: Tensor | None, reduction: str) -> Tensor:

@@ -155,6 +155,15 @@ class Solution:
         values = {"reduced": reduced.detach(), "per task": per_task.detach()}
         return cls(values | gradients(reduced, None, "reduced") | gradients(per_task, cotangent, "per task"))
 
+    def vectors(self) -> dict[str, Tensor]:
+        """The values, the gradients with respect to all parameters as one vector each."""
+        gathered: dict[str, list[Tensor]] = {}
+        for name, value in self.values.items():
+            label, is_gradient, of = name.partition(" d/d ")
+            key = f"{label} d/d parameters" if is_gradient and of != "query_x" else name
+            gathered.setdefault(key, []).append(value.flatten())
+        return {name: torch.cat(parts) for name, parts in gathered.items()}
+
 
 def by_oracle(case: Case, dtype: torch.dtype) -> Solution:
     model = case.model(dtype)
@@ -177,10 +186,14 @@ def yardsticks(case: Case, dtype: torch.dtype) -> list[Solution]:
 
 
 def assert_no_worse_than_twice(actual: Solution, own: Sequence[Solution], expected: Solution) -> None:
-    """Every error at most twice torch's own in the same dtype, plus 1e-6."""
-    for name, value in expected.values.items():
-        error = relative_error(actual.values[name], value)
-        own_error = max(relative_error(solution.values[name], value) for solution in own)
+    """Every error at most twice torch's own in the same dtype, plus 1e-6.
+
+    The gradient of all parameters counts as the one vector it is: a scalar in it, left over where large terms cancel,
+    says nothing about either side. That each tensor of it is right, double precision shows.
+    """
+    for name, value in expected.vectors().items():
+        error = relative_error(actual.vectors()[name], value)
+        own_error = max(relative_error(solution.vectors()[name], value) for solution in own)
         assert error <= 2.0 * own_error + 1e-6, f"{name}: relative error {error:.2e}, torch's own is {own_error:.2e}"
 
 

@@ -1,5 +1,7 @@
 """The oracle itself, against what defines it: MAML's chain rule, finite differences, torch.optim and hand-made sums."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,13 @@ def network() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
 def loss_at(model: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The loss as a function of all parameters as one vector."""
     named = dict(model.named_parameters())
-    pieces = theta.split([p.numel() for p in named.values()])
+    pieces: tuple[Tensor, ...] = torch.functional.split(theta, [p.numel() for p in named.values()])
     weights = {n: piece.view(p.shape) for piece, (n, p) in zip(pieces, named.items(), strict=True)}
     return F.cross_entropy(functional_call(model, weights, (x,)), y)
 
 
 def meta_gradient(model: nn.Module, task: dict[str, Tensor], *, first_order: bool) -> Tensor:
-    batch = {name: t.unsqueeze(0) for name, t in task.items()}
+    batch: dict[str, Any] = {name: t.unsqueeze(0) for name, t in task.items()}
     loss = reference.meta_loss(
         model, **batch, lr=RATE, steps=STEPS, loss="cross_entropy", reduction="mean", first_order=first_order
     )
@@ -48,7 +50,8 @@ def test_fomaml_is_maml_with_the_hessians_dropped(network: tuple[nn.Module, Tens
         return loss_at(model, theta, task["query_x"], task["query_y"])
 
     def step(theta: Tensor) -> Tensor:
-        return theta - RATE * jacrev(support_loss)(theta)
+        gradient: Tensor = jacrev(support_loss)(theta)
+        return theta - RATE * gradient
 
     identity = torch.eye(theta_0.numel(), dtype=torch.float64)
     # The derivative of a vector with respect to itself, where the chain rule starts: why theta_0 disappears from it.
@@ -95,7 +98,7 @@ def test_inner_steps_are_those_of_torch_sgd(momentum: float, weight_decay: float
     sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for _ in range(4):
         sgd.zero_grad()
-        F.mse_loss(twin(x), y).backward()
+        torch.autograd.backward(F.mse_loss(twin(x), y))
         sgd.step()
     fast = reference.adapt_task(model, x, y, lr=0.1, steps=4, loss="mse", momentum=momentum, weight_decay=weight_decay)
     for name, expected in twin.named_parameters():

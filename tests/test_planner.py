@@ -1,0 +1,113 @@
+"""The planner: its choices follow the mathematics, its bound holds, its explanation can be read."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fomaml_fused as ff
+from fomaml_fused.batch import Sizes
+from fomaml_fused.planner import MEMORY_BOUND, make_plan
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after, device="meta"), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def plan(model: nn.Module, tasks: int, shots: int, queries: int, **options: Any) -> ff.Plan:
+    return ff.FOMAML(model, **options).plan(tasks, shots, queries, device="cpu")
+
+
+def test_few_shots_on_wide_layers_are_dual() -> None:
+    chosen = plan(mlp(512, 1024, 1024, 10), 32, 10, 10, steps=5)
+    assert chosen.forms[:2] == ("dual", "dual")
+    assert chosen.memory < chosen.naive_memory / 5
+
+
+def test_many_samples_on_narrow_layers_are_primal() -> None:
+    assert plan(mlp(2, 128, 128, 3), 32, 1024, 1024, steps=3).forms == ("primal",) * 3
+
+
+def test_layers_that_do_not_move_are_shared() -> None:
+    model = mlp(64, 64, 64, 5)
+    assert plan(model, 8, 5, 5, steps=3, adapt="head").forms[:2] == ("shared", "shared")
+    assert plan(model, 8, 5, 5, steps=0).forms == ("shared",) * 3
+
+
+@pytest.mark.parametrize("bound", [1 << 20, 1 << 24, 1 << 28])
+def test_the_bound_on_memory_holds(bound: int) -> None:
+    meta = ff.FOMAML(mlp(784, 256, 128, 64, 64, 5), steps=5)
+    with ff.override(memory_bound=bound):
+        chosen = meta.plan(10_000, 5, 5, device="cpu")
+    assert chosen.memory <= bound or chosen.chunk == 1
+    assert plan(mlp(784, 256, 5), 10_000, 5, 5).memory <= MEMORY_BOUND
+
+
+def test_the_model_of_memory_covers_what_is_allocated() -> None:
+    """What a chunk holds, by the model, against the storage that its adapted layers and its query pass really hold."""
+    from fomaml_fused.engines import batched
+
+    for form in ("primal", "dual"):
+        model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
+        meta = ff.FOMAML(model, steps=4, lr=0.1)
+        with ff.override(forms=(form,) * 3):
+            chosen = meta.plan(16, 6, 7)
+        x, q = torch.randn(16, 6, 30), torch.randn(16, 7, 30)
+        pairs = [(layer.weight, layer.bias) for layer in model if isinstance(layer, nn.Linear)]
+        with torch.no_grad():
+            adapted = batched.adapt(meta.problem, chosen.forms, pairs, x, torch.randn(16, 6, 5))
+            trace = batched.query(adapted, q)
+        shared = {t.data_ptr() for pair in pairs for t in pair} | {x.data_ptr()}
+        tensors = [v for layer in adapted.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+        tensors += [*trace.inputs, *trace.saved]
+        held = {t.data_ptr(): t.numel() * 4 for t in tensors if t.data_ptr() not in shared}
+        assert sum(held.values()) <= chosen.memory
+
+
+def test_plans_are_deterministic_and_cached() -> None:
+    problem = ff.FOMAML(mlp(3, 4, 2)).problem
+    sizes = Sizes(5, 3, 3, torch.float32, torch.device("cpu"))
+    assert make_plan(problem, sizes) is make_plan(problem, sizes)
+
+
+def test_an_override_ends_with_its_block() -> None:
+    meta = ff.FOMAML(mlp(3, 4, 2))
+    free = meta.plan(4, 2, device="cpu")
+    with ff.override(forms=["dual", "primal"], chunk=3):
+        told = meta.plan(4, 2, device="cpu")
+    assert (told.forms, told.chunk) == (("dual", "primal"), 3)
+    assert meta.plan(4, 2, device="cpu") == free
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forms": ["dual"]}, r"forms is \('dual',\).*each of the 2 layers"),
+        ({"forms": ["dual", "triple"]}, "'primal' or 'dual'"),
+        ({"chunk": 0}, "chunk is 0"),
+    ],
+)
+def test_bad_overrides(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), ff.override(**options):
+        ff.FOMAML(mlp(3, 4, 2)).plan(4, 2, device="cpu")
+
+
+def test_the_explanation_names_what_was_chosen_and_what_was_not() -> None:
+    text = str(plan(mlp(784, 256, 5), 32, 5, 5, steps=5, loss="cross_entropy"))
+    for expected in (
+        "784-256-5 relu",
+        "K=5",
+        "T=32 tasks",
+        "engine batched",
+        "0: 784 -> 256  dual",
+        "primal",
+        "all primal",
+    ):
+        assert expected in text
+    assert "autograd" in str(plan(mlp(3, 2), 1, 1, 1, backend="reference"))
+    assert "does not move" in str(plan(mlp(3, 4, 2), 1, 1, 1, adapt="head"))
