@@ -6,7 +6,7 @@ nothing per task. `predict` does not: whatever loss comes behind it, its backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class _MetaLoss(torch.autograd.Function):
         pairs = _pairs(parameters)
         dtype = compute_dtype(query_x.dtype)
         needs_features, *needs_parameters = (wanted and needed for needed in ctx.needs_input_grad[5:])
-        outer = _zeros(parameters, needs_parameters)
+        outer = batched.OuterGradient(needs_parameters)
         features = torch.empty_like(query_x, dtype=dtype) if needs_features else None
         shares = _task_shares(query, reduction, dtype)
         losses = []
@@ -97,11 +97,11 @@ class _MetaLoss(torch.autograd.Function):
             if needs_features or any(needs_parameters):
                 share = shares if isinstance(shares, float) else shares[start : start + length, None, None]
                 d = loss.gradient(trace.outputs).mul_(share)
-                dx = batched.query_backward(adapted, trace, d, _layers(outer), needs_features)
+                dx = batched.query_backward(adapted, trace, d, outer, needs_features)
                 if features is not None and dx is not None:
                     features[start : start + length] = dx
         ctx.dtype, ctx.inputs = query_x.dtype, (query_x, *parameters)
-        ctx.save_for_backward(features, *outer)
+        ctx.save_for_backward(features, *outer.gradients(parameters))
         per_task = torch.cat(losses) if losses else query_x.new_empty(0, dtype=dtype)
         return _reduce(per_task, query, reduction).to(query_x.dtype)
 
@@ -142,16 +142,16 @@ class _Predict(torch.autograd.Function):
         query_x, *parameters = ctx.saved_tensors
         dtype = compute_dtype(query_x.dtype)
         needs_features, *needs_parameters = ctx.needs_input_grad[1:]
-        outer = _zeros(parameters, needs_parameters)
+        outer = batched.OuterGradient(needs_parameters)
         features = torch.empty_like(query_x, dtype=dtype) if needs_features else None
         for i, chunk in enumerate(ctx.tasks):
             tasks = slice(chunk.start, chunk.start + chunk.length)
             trace = ctx.traces[i] if ctx.traces else batched.query(chunk.adapted, query_x[tasks].to(dtype))
             d = torch.empty_like(trace.outputs).copy_(cotangent[tasks])
-            dx = batched.query_backward(chunk.adapted, trace, d, _layers(outer), needs_features)
+            dx = batched.query_backward(chunk.adapted, trace, d, outer, needs_features)
             if features is not None and dx is not None:
                 features[tasks] = dx
-        gradients = [None if g is None else g.to(query_x.dtype) for g in (features, *outer)]
+        gradients = [None if g is None else g.to(query_x.dtype) for g in (features, *outer.gradients(parameters))]
         return (None, *gradients)
 
 
@@ -200,19 +200,10 @@ def _chunks(plan: Plan) -> Iterator[tuple[int, int]]:
 
 def _pairs(parameters: FlatParameters) -> list[tuple[Tensor, Tensor | None]]:
     """Weight and bias of each layer in the dtype of the engine."""
-    computed = [None if p is None else p.detach().to(compute_dtype(p.dtype)) for p in parameters]
-    return list(zip(computed[0::2], computed[1::2], strict=True))  # type: ignore[arg-type]
-
-
-def _layers(flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
-    return list(zip(flat[0::2], flat[1::2], strict=True))
-
-
-def _zeros(parameters: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.zeros_like(p, dtype=compute_dtype(p.dtype)) if p is not None and need else None
-        for p, need in zip(parameters, needed, strict=True)
+    computed = [
+        p if p is None or p.dtype == compute_dtype(p.dtype) else p.to(compute_dtype(p.dtype)) for p in parameters
     ]
+    return list(zip(computed[0::2], computed[1::2], strict=True))  # type: ignore[arg-type]
 
 
 def _task_shares(query: Query, reduction: str, dtype: torch.dtype) -> float | Tensor:

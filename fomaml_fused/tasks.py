@@ -1,1 +1,110 @@
-"""Task samplers."""
+"""Task samplers: batches of tasks, whole batches at a time, from a generator whose state can be saved."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TaskBatch(NamedTuple):
+    """T tasks, in the order in which `FOMAML` takes them: `meta(*batch)`."""
+
+    support_x: Tensor  # [T, S, in]
+    support_y: Tensor  # [T, S] or [T, S, out]
+    query_x: Tensor  # [T, Q, in]
+    query_y: Tensor  # [T, Q] or [T, Q, out]
+
+
+class Sinusoids:
+    """Regression of `amplitude * sin(x - phase)` (Finn et al. 2017, section 5.1).
+
+    Args:
+        shots, queries: samples a task.
+        amplitude, phase, domain: the ranges that are drawn from, uniformly.
+        seed: of the sampler's own generator.
+    """
+
+    def __init__(
+        self,
+        shots: int = 10,
+        queries: int = 10,
+        *,
+        amplitude: tuple[float, float] = (0.1, 5.0),
+        phase: tuple[float, float] = (0.0, math.pi),
+        domain: tuple[float, float] = (-5.0, 5.0),
+        seed: int = 0,
+    ) -> None:
+        self.shots, self.queries = shots, queries
+        self.amplitude, self.phase, self.domain = amplitude, phase, domain
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, tasks: int) -> tuple[Tensor, Tensor]:
+        """Amplitudes and phases of `tasks` tasks, [T, 1, 1] each."""
+        return self._uniform(self.amplitude, tasks, 1, 1), self._uniform(self.phase, tasks, 1, 1)
+
+    def sample(self, tasks: int) -> TaskBatch:
+        """A batch of tasks; x and y have one feature."""
+        amplitude, phase = self.draw(tasks)
+        x = self._uniform(self.domain, tasks, self.shots + self.queries, 1)
+        y = sinusoid(x, amplitude, phase)
+        s = self.shots
+        return TaskBatch(x[:, :s], y[:, :s], x[:, s:], y[:, s:])
+
+    def _uniform(self, bounds: tuple[float, float], *shape: int) -> Tensor:
+        low, high = bounds
+        return torch.rand(*shape, generator=self.generator).mul_(high - low).add_(low)
+
+
+def sinusoid(x: Tensor, amplitude: Tensor, phase: Tensor) -> Tensor:
+    """Amplitude * sin(x - phase)."""
+    return amplitude * torch.sin(x - phase)
+
+
+class FewShot:
+    """N-way K-shot classification: every task draws `ways` classes, and of each class its own samples.
+
+    Args:
+        x: features of all samples, [samples, in].
+        y: their classes, [samples], any integers.
+        ways: classes a task; they are named 0 to ways - 1 in random order.
+        shots, queries: samples of each class in the support and the query set of a task.
+        seed: of the sampler's own generator.
+
+    Raises:
+        ValueError: fewer classes than `ways`, or a class with fewer samples than a task takes.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, *, ways: int, shots: int, queries: int, seed: int = 0) -> None:
+        self.x, self.ways, self.shots, self.queries = x, ways, shots, queries
+        classes, counts = torch.unique(y, return_counts=True)
+        if len(classes) < ways:
+            raise ValueError(f"y holds {len(classes)} classes; ways takes at most that many, got {ways}")
+        if int(counts.min()) < shots + queries:
+            raise ValueError(
+                f"a class of y has {int(counts.min())} samples; {shots} shots and {queries} queries take "
+                f"{shots + queries} of each"
+            )
+        # The samples of each class, padded to the largest: [classes, most], and which entries are none.
+        most = int(counts.max())
+        self.members = torch.zeros(len(classes), most, dtype=torch.int64)
+        self.absent = torch.arange(most) >= counts[:, None]
+        for i, c in enumerate(classes):
+            self.members[i, : counts[i]] = (y == c).nonzero().squeeze(1)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, tasks: int) -> TaskBatch:
+        """A batch of tasks; y holds class indices in int64."""
+        chosen = torch.rand(tasks, len(self.members), generator=self.generator).argsort(1)[:, : self.ways]
+        keys = torch.rand(tasks, self.ways, self.members.shape[1], generator=self.generator)
+        keys.masked_fill_(self.absent[chosen], 2.0)  # behind every present sample
+        order = keys.argsort(2)[..., : self.shots + self.queries]  # without replacement
+        rows = self.members[chosen].gather(2, order)  # [T, ways, shots + queries]
+        names = torch.arange(self.ways).expand(tasks, -1)
+
+        def part(samples: Tensor) -> tuple[Tensor, Tensor]:
+            return self.x[samples.flatten(1)], names.repeat_interleave(samples.shape[2], 1)
+
+        return TaskBatch(*part(rows[..., : self.shots]), *part(rows[..., self.shots :]))

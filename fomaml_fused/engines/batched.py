@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..problem import Problem
@@ -34,6 +35,36 @@ class Trace:
     outputs: Tensor  # [T, Q, out]
     inputs: list[Tensor]
     saved: list[Tensor]
+
+
+class OuterGradient:
+    """The sum over tasks of the query gradients, for the parameters that ask for it; chunks add in their order.
+
+    Args:
+        needed: whether each parameter asks: weight, bias, weight, bias, ...
+    """
+
+    def __init__(self, needed: Sequence[bool]) -> None:
+        self.needed = list(needed)
+        self.sums: list[Tensor | None] = [None] * len(self.needed)
+        self.lowest = self.needed.index(True) // 2 if True in self.needed else len(self.needed) // 2
+
+    def add(self, layer: int, rows: Tensor, inputs: Tensor) -> None:
+        """Add `rows.T @ inputs` and the sums of `rows`; rows [N, out], inputs [N, in], N = tasks x queries."""
+        weight, bias = 2 * layer, 2 * layer + 1
+        if self.needed[weight]:
+            total = self.sums[weight]
+            self.sums[weight] = rows.t() @ inputs if total is None else total.addmm_(rows.t(), inputs)
+        if self.needed[bias]:
+            total = self.sums[bias]
+            self.sums[bias] = rows.sum(0) if total is None else total.add_(rows.sum(0))
+
+    def gradients(self, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradient of each parameter, None where it does not ask; zeros where there was no task."""
+        return [
+            torch.zeros_like(p) if need and total is None and p is not None else total
+            for p, need, total in zip(parameters, self.needed, self.sums, strict=True)
+        ]
 
 
 def adapt(
@@ -87,29 +118,20 @@ def query(adapted: Adapted, x: Tensor) -> Trace:
     return Trace(x, inputs, saved)
 
 
-def query_backward(
-    adapted: Adapted, trace: Trace, d: Tensor, outer: Sequence[tuple[Tensor | None, Tensor | None]], features: bool
-) -> Tensor | None:
-    """Add the outer gradient of a chunk of tasks to `outer`, in the order of the tasks.
+def query_backward(adapted: Adapted, trace: Trace, d: Tensor, outer: OuterGradient, features: bool) -> Tensor | None:
+    """Run the query pass of a chunk of tasks in reverse, and add its outer gradient to `outer`.
 
     Args:
         d: the gradient with respect to the outputs, [T, Q, out], times the cotangent of each task; overwritten.
-        outer: for each layer the gradients of weight [out, in] and bias [out] to add to, None where not asked for.
         features: whether the gradient with respect to the query features is wanted.
 
     Returns:
         That gradient, [T, Q, in], or None.
     """
-    needed = [i for i, gradients in enumerate(outer) if any(g is not None for g in gradients)]
-    lowest = 0 if features else min(needed, default=len(outer))
-    for i in range(len(outer) - 1, lowest - 1, -1):
+    lowest = 0 if features else outer.lowest
+    for i in range(len(adapted.layers) - 1, lowest - 1, -1):
         d = adapted.activations[i].backward(d, trace.saved[i])
-        rows = d.flatten(0, 1)  # [T * Q, out]
-        weight, bias = outer[i]
-        if weight is not None:
-            weight.addmm_(rows.t(), trace.inputs[i].flatten(0, 1))
-        if bias is not None:
-            bias.add_(rows.sum(0))
+        outer.add(i, d.flatten(0, 1), trace.inputs[i].flatten(0, 1))
         if i > lowest or features:
             d = adapted.layers[i].query_backward(d)
     return d if features else None
