@@ -14,6 +14,7 @@ import torch
 from .batch import Sizes
 from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
 from .problem import Problem
+from .text import scaled, table
 
 BACKENDS = ("auto", "torch", "reference")
 FORMS = ("primal", "dual")
@@ -89,20 +90,20 @@ class Plan:
         rows = [("layer", "form", "flops", "bytes", "time", "instead")]
         for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):
             estimate = plan.estimate
-            others = [f"{form} {_scaled(e.seconds, 's')}" for form, e in plan.estimates if form != plan.form]
+            others = [f"{form} {scaled(e.seconds, 's')}" for form, e in plan.estimates if form != plan.form]
             name = f"{i}: {layer.in_features} -> {layer.out_features}"
             rows.append((name, plan.form, *_row(estimate), ", ".join(others) or "- (does not move)"))
         rows.append(("all", "", *_row(self.estimate), ""))
-        lines += ["", *_table(rows), ""]
+        lines += ["", *table(rows), ""]
         plans = [("chosen", self)]
         for form in FORMS:
             other = _make_plan(problem, sizes, "torch", Override((form,) * problem.network.depth))
             if other.forms != self.forms:
                 plans.append((f"all {form}", other))
         rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
-        rows += [(name, str(p.chunk), *_row(p.estimate), _scaled(p.memory, "B")) for name, p in plans]
-        rows.append(("per task, by the formula", "1", "", "", "", _scaled(self.naive_memory, "B")))
-        lines += [*_table(rows), ""]
+        rows += [(name, str(p.chunk), *_row(p.estimate), scaled(p.memory, "B")) for name, p in plans]
+        rows.append(("per task, by the formula", "1", "", "", "", scaled(self.naive_memory, "B")))
+        lines += [*table(rows), ""]
         lines.append("times are the cost model's, for comparison; they are not measurements")
         return "\n".join(lines)
 
@@ -237,16 +238,4 @@ def _chunks(tasks: int) -> list[int]:
 
 
 def _row(estimate: Estimate) -> tuple[str, str, str]:
-    return _scaled(estimate.flops, "F"), _scaled(estimate.bytes, "B"), _scaled(estimate.seconds, "s")
-
-
-def _scaled(value: float, unit: str) -> str:
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"0 {unit}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return scaled(estimate.flops, "F"), scaled(estimate.bytes, "B"), scaled(estimate.seconds, "s")

@@ -131,7 +131,7 @@ def test_changing_parameters_before_a_backward_that_needs_them_is_an_error() -> 
     with torch.no_grad():
         meta.model[0].weight.mul_(2.0)  # type: ignore[index]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.backward(outputs.sum())
+        outputs.sum().backward()
 
 
 def test_changing_outputs_in_place_changes_no_gradient() -> None:

@@ -27,7 +27,7 @@ def network() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
 def loss_at(model: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The loss as a function of all parameters as one vector."""
     named = dict(model.named_parameters())
-    pieces: tuple[Tensor, ...] = torch.functional.split(theta, [p.numel() for p in named.values()])
+    pieces: tuple[Tensor, ...] = theta.split([p.numel() for p in named.values()])
     weights = {n: piece.view(p.shape) for piece, (n, p) in zip(pieces, named.items(), strict=True)}
     return F.cross_entropy(functional_call(model, weights, (x,)), y)
 
@@ -98,7 +98,7 @@ def test_inner_steps_are_those_of_torch_sgd(momentum: float, weight_decay: float
     sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for _ in range(4):
         sgd.zero_grad()
-        torch.autograd.backward(F.mse_loss(twin(x), y))
+        F.mse_loss(twin(x), y).backward()
         sgd.step()
     fast = reference.adapt_task(model, x, y, lr=0.1, steps=4, loss="mse", momentum=momentum, weight_decay=weight_decay)
     for name, expected in twin.named_parameters():

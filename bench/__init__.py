@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, the peers they are run against, and the report."""

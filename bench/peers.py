@@ -1,0 +1,109 @@
+"""One adapter a contender: the same meta-step on the same tensors, written as its users write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+
+import fomaml_fused as ff
+from fomaml_fused.tasks import TaskBatch
+
+from .workloads import Workload
+
+Gradients = dict[str, Tensor]
+Step = Callable[[], tuple[Tensor, Gradients]]
+
+
+def ours(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
+    """The package itself, through its module and autograd, as in a training loop."""
+    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss)
+    parameters = dict(model.named_parameters())
+
+    def step() -> tuple[Tensor, Gradients]:
+        loss = meta(*batch)
+        return loss, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+    return step
+
+
+def eager_loop(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
+    """A Python loop over tasks, each adapted with autograd; gradients summed as the loop goes."""
+    parameters: Gradients = dict(model.named_parameters())
+
+    def step() -> tuple[Tensor, Gradients]:
+        total, losses = {name: torch.zeros_like(p) for name, p in parameters.items()}, []
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+            fast = parameters
+            for _ in range(workload.steps):
+                loss = workload.sample_loss(functional_call(model, fast, (support_x,)), support_y)
+                gradients = torch.autograd.grad(loss, list(fast.values()))
+                fast = {
+                    name: (p - workload.lr * g).detach().requires_grad_()
+                    for (name, p), g in zip(fast.items(), gradients, strict=True)
+                }
+            loss = workload.sample_loss(functional_call(model, fast, (query_x,)), query_y)
+            for value, g in zip(total.values(), torch.autograd.grad(loss, list(fast.values())), strict=True):
+                value.add_(g, alpha=1 / len(batch.support_x))
+            losses.append(loss.detach())
+        return torch.stack(losses).mean(), total
+
+    return step
+
+
+def vmap_grad(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
+    """`torch.func.vmap` over tasks of the inner loop written with `torch.func.grad`."""
+    return _batched(workload, model, batch, lambda function: function)
+
+
+def compiled_vmap_grad(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
+    """`torch.compile` of `vmap_grad`, the whole graph at static shapes."""
+    torch.compiler.reset()
+    return _batched(workload, model, batch, lambda f: torch.compile(f, fullgraph=True, dynamic=False))
+
+
+def _batched(
+    workload: Workload,
+    model: nn.Module,
+    batch: TaskBatch,
+    compile_: Callable[[Callable[..., tuple[Gradients, Tensor]]], Callable[..., tuple[Gradients, Tensor]]],
+) -> Step:
+    def loss(weights: Gradients, x: Tensor, y: Tensor) -> Tensor:
+        return workload.sample_loss(functional_call(model, weights, (x,)), y)
+
+    def task(weights: Gradients, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> tuple[Gradients, Tensor]:
+        for _ in range(workload.steps):
+            gradients = grad(loss)(weights, sx, sy)
+            weights = {name: w - workload.lr * gradients[name] for name, w in weights.items()}
+        found: tuple[Gradients, Tensor] = grad_and_value(loss)(weights, qx, qy)
+        return found
+
+    def mean_over_tasks(weights: Gradients, *tensors: Tensor) -> tuple[Gradients, Tensor]:
+        gradients, losses = vmap(task, in_dims=(None, 0, 0, 0, 0))(weights, *tensors)
+        return {name: g.mean(0) for name, g in gradients.items()}, losses.mean()
+
+    function = compile_(mean_over_tasks)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def step() -> tuple[Tensor, Gradients]:
+        with torch.no_grad():
+            gradients, value = function(parameters, *batch)
+        return value, gradients
+
+    return step
+
+
+PEERS: dict[str, Callable[[Workload, nn.Module, TaskBatch], Step]] = {
+    "eager loop": eager_loop,
+    "vmap(grad)": vmap_grad,
+    "compile(vmap(grad))": compiled_vmap_grad,
+}
+
+
+def disagreement(actual: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> float:
+    """The relative error of the loss or of the gradient as one vector, whichever is larger."""
+    loss = float((actual[0] - expected[0]).abs() / expected[0].abs())
+    a, b = (torch.cat([gradients[name].flatten() for name in expected[1]]) for gradients in (actual[1], expected[1]))
+    return max(loss, float((a - b).norm() / b.norm()))

@@ -1,0 +1,86 @@
+"""Turns stored benchmark runs into one Markdown table, and into the small file that the docs quote.
+
+python -m bench.report RUN.json [--save bench/results/NAME.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from fomaml_fused.train.files import save_json
+
+
+def summarize(run: dict[str, Any]) -> dict[str, Any]:
+    """Medians and quartiles in seconds by workload and contender, peak memory, device and versions.
+
+    Args:
+        run: what `pytest --benchmark-json` wrote. A workload whose gradients disagreed is not in it: its test failed
+            before anything was timed.
+    """
+    workloads: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    for case in run["benchmarks"]:
+        extra = case["extra_info"]
+        environment = {name: extra[name] for name in ("device", "threads", "torch", "python", "fomaml_fused")}
+        if "memory" in extra:
+            memory[case["group"].removeprefix("memory: ")] = extra["memory"]
+            continue
+        found = {"ours": _quartiles(case["stats"]["data"])}
+        found |= {peer: _quartiles(times) for peer, times in extra["peers"].items()}
+        workloads[case["group"]] = found
+    return {"environment": environment, "seconds": workloads, "memory_bytes": memory}
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The Markdown table: medians in milliseconds, and the ratio of the best peer's median to ours."""
+    environment = summary["environment"]
+    lines = [
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; medians in ms, "
+        "interleaved rounds",
+        "",
+    ]
+    if summary["seconds"]:
+        peers = [name for name in next(iter(summary["seconds"].values())) if name != "ours"]
+        lines.append(f"| workload | ours | {' | '.join(peers)} | best peer / ours | vmap(grad) / ours |")
+        lines.append("|---" * (len(peers) + 4) + "|")
+        for workload, found in summary["seconds"].items():
+            ours = found["ours"]["median"]
+            best = min(found[peer]["median"] for peer in peers)
+            cells = [f"{1e3 * found[name]['median']:.3g}" for name in ("ours", *peers)]
+            ratios = [f"{ratio / ours:.1f}" for ratio in (best, found["vmap(grad)"]["median"])]
+            lines.append(f"| {workload} | {' | '.join(cells + ratios)} |")
+    for name, found in summary["memory_bytes"].items():
+        lines += [
+            "",
+            f"Peak memory, {name}: {found['peak'] / 1e9:.2f} GB of process memory, {found['before'] / 1e9:.2f} GB of it "
+            f"before the step (libraries and data). Fast weights and gradients of every task would take "
+            f"{found['naive'] / 1e9:.1f} GB.",
+        ]
+    return "\n".join(lines)
+
+
+def _quartiles(seconds: list[float]) -> dict[str, float]:
+    if len(seconds) == 1:
+        return {"median": seconds[0], "q1": seconds[0], "q3": seconds[0], "rounds": 1}
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "rounds": len(seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--save", type=Path, help="keep the summary as JSON")
+    options = parser.parse_args()
+    summary = summarize(json.loads(options.run.read_text()))
+    if options.save:
+        save_json(options.save, summary)
+    print(render(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The outer loop of every run: a progress bar, exact resumption from checkpoints, and a Ctrl-C that saves first."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import load_checkpoint, save_checkpoint
+
+WINDOW = 100  # iterations whose losses are averaged into one point of the learning curve
+CHECKPOINT_EVERY = 5000  # iterations
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass
+class Outer:
+    """The outer loop of a run.
+
+    Attributes:
+        model: what is trained.
+        loss: takes no argument, draws a batch of tasks and gives its meta-loss.
+        generators: the random generators that `loss` draws from.
+        config: the options that a resumed run has to share.
+        curve: mean loss of each `WINDOW` iterations, filled while training.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+    generators: list[torch.Generator]
+    config: dict[str, Any]
+    iteration: int = 0
+    curve: list[float] = field(default_factory=list)
+    pending: list[float] = field(default_factory=list)
+
+    def run(self, iterations: int, checkpoint: Path | None, title: str = "meta-training") -> None:
+        """Train up to `iterations` iterations in all.
+
+        Raises:
+            InterruptedRunError: SIGINT or SIGTERM came; the iteration in hand was finished and saved.
+        """
+        from tqdm import tqdm
+
+        pause = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two looks at the bar
+        with (
+            _asked_to_stop() as asked,
+            tqdm(total=iterations, initial=self.iteration, desc=title, unit="it", mininterval=pause) as bar,
+        ):
+            while self.iteration < iterations:
+                self._step()
+                bar.update()
+                if not self.pending:
+                    bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
+                if checkpoint is not None and (asked() or self.iteration % CHECKPOINT_EVERY == 0):
+                    self.save(checkpoint)
+                if asked():
+                    raise InterruptedRunError
+        if checkpoint is not None:
+            self.save(checkpoint)
+
+    def _step(self) -> None:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        self.pending.append(loss.item())
+        if len(self.pending) == WINDOW:
+            self.curve.append(sum(self.pending) / WINDOW)
+            self.pending.clear()
+
+    def save(self, path: Path) -> None:
+        """Write everything that the rest of the run depends on."""
+        save_checkpoint(
+            path,
+            {
+                "config": self.config,
+                "iteration": self.iteration,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "generators": [generator.get_state() for generator in self.generators],
+                "curve": self.curve,
+                "pending": self.pending,
+            },
+        )
+
+    def resume(self, path: Path) -> None:
+        """Take up what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is of a run with other options.
+        """
+        state = load_checkpoint(path)
+        for name, value in self.config.items():
+            if state["config"].get(name) != value:
+                raise ValueError(
+                    f"{name} is {value}; the checkpoint at {path} was made with {state['config'].get(name)}, "
+                    "and --resume takes the same options"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+        self.iteration, self.curve, self.pending = state["iteration"], state["curve"], state["pending"]
+
+
+def require_demo_packages() -> None:
+    """Fail before the first iteration rather than after the last.
+
+    Raises:
+        ModuleNotFoundError: a package of the `demo` extra is not installed.
+    """
+    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"training runs need {', '.join(missing)}: pip install 'fomaml-fused[demo]'", name=missing[0]
+        )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came within the block; a second one acts as it always does."""
+    came = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
