@@ -19,7 +19,7 @@ lint: .venv/dev ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/dev ## time the workloads against their peers and print the table
-	$(BIN)/python -m pytest bench -p no:xdist --benchmark-json=bench/results/latest.json
+	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json
 
 gpu: ## the GPU suite (not there yet: the kernels come first)

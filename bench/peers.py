@@ -24,7 +24,8 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
 
     def step() -> tuple[Tensor, Gradients]:
         loss = meta(*batch)
-        return loss, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
     return step
 

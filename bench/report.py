@@ -57,8 +57,8 @@ def render(summary: dict[str, Any]) -> str:
     for name, found in summary["memory_bytes"].items():
         lines += [
             "",
-            f"Peak memory, {name}: {found['peak'] / 1e9:.2f} GB of process memory, {found['before'] / 1e9:.2f} GB of it "
-            f"before the step (libraries and data). Fast weights and gradients of every task would take "
+            f"Peak memory, {name}: {found['peak'] / 1e9:.2f} GB of process memory, {found['before'] / 1e9:.2f} GB of "
+            f"it before the step (libraries and data). Fast weights and gradients of every task would take "
             f"{found['naive'] / 1e9:.1f} GB.",
         ]
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         run = train.add_parser(name, help=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for option in fields(config):
             flag = f"--{option.name.replace('_', '-')}"
-            run.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
+            run.add_argument(flag, type=type(option.default), default=option.default, **option.metadata)
         run.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for everything written")
         run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
         run.set_defaults(command=_train, name=name)

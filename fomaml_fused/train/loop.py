@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ class Outer:
         loss: takes no argument, draws a batch of tasks and gives its meta-loss.
         generators: the random generators that `loss` draws from.
         config: the options that a resumed run has to share.
+        anneal: let the outer learning rate fall to zero along a half cosine; else it stays.
         curve: mean loss of each `WINDOW` iterations, filled while training.
     """
 
@@ -41,6 +43,7 @@ class Outer:
     optimizer: torch.optim.Optimizer
     generators: list[torch.Generator]
     config: dict[str, Any]
+    anneal: bool = False
     iteration: int = 0
     curve: list[float] = field(default_factory=list)
     pending: list[float] = field(default_factory=list)
@@ -59,6 +62,8 @@ class Outer:
             tqdm(total=iterations, initial=self.iteration, desc=title, unit="it", mininterval=pause) as bar,
         ):
             while self.iteration < iterations:
+                if self.anneal:
+                    self._set_rate(0.5 * (1.0 + math.cos(math.pi * self.iteration / iterations)))
                 self._step()
                 bar.update()
                 if not self.pending:
@@ -69,6 +74,11 @@ class Outer:
                     raise InterruptedRunError
         if checkpoint is not None:
             self.save(checkpoint)
+
+    def _set_rate(self, factor: float) -> None:
+        """A function of the iteration alone, so that a resumed run needs no state for it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.optimizer.defaults["lr"]
 
     def _step(self) -> None:
         loss = self.loss()

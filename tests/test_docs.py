@@ -1,0 +1,33 @@
+"""The code that README shows runs, and the figures it quotes are those of the stored benchmark."""
+
+import json
+import re
+from pathlib import Path
+
+from bench.report import render
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_runs_as_it_stands() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program = "\n".join(block for block in blocks if "l2l" not in block).replace("range(1000)", "range(3)")
+    assert "meta.plan" in program
+    space: dict[str, object] = {}
+    exec(compile(program, "README.md", "exec"), space)
+    assert float(space["loss"].detach()) > 0  # type: ignore[attr-defined]
+
+
+def test_the_table_of_figures_is_the_stored_one() -> None:
+    stored = json.loads((ROOT / "bench" / "results" / "cpu-2-cores.json").read_text())
+    assert render(stored) in (ROOT / "README.md").read_text()
+
+
+def test_docs_link_to_what_is_there() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    mentioned = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "math.md").read_text())
+    assert len(mentioned) >= 2
+    for path, name in mentioned:
+        assert f"def {name}" in (ROOT / path).read_text()
