@@ -17,9 +17,9 @@ Gradients = dict[str, Tensor]
 Step = Callable[[], tuple[Tensor, Gradients]]
 
 
-def ours(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
+def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, compiled: bool = False) -> Step:
     """The package itself, through its module and autograd, as in a training loop."""
-    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss)
+    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, compile=compiled)
     parameters = dict(model.named_parameters())
 
     def step() -> tuple[Tensor, Gradients]:

@@ -31,13 +31,13 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
             memory[case["group"].removeprefix("memory: ")] = extra["memory"]
             continue
         found = {"ours": _quartiles(case["stats"]["data"])}
-        found |= {peer: _quartiles(times) for peer, times in extra["peers"].items()}
+        found |= {name: _quartiles(times) for name, times in extra["others"].items()}
         workloads[case["group"]] = found
     return {"environment": environment, "seconds": workloads, "memory_bytes": memory}
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The Markdown table: medians in milliseconds, and the ratio of the best peer's median to ours."""
+    """The Markdown table: medians in milliseconds, and ratios of peers' medians to ours."""
     environment = summary["environment"]
     lines = [
         f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; medians in ms, "
@@ -45,15 +45,19 @@ def render(summary: dict[str, Any]) -> str:
         "",
     ]
     if summary["seconds"]:
-        peers = [name for name in next(iter(summary["seconds"].values())) if name != "ours"]
-        lines.append(f"| workload | ours | {' | '.join(peers)} | best peer / ours | vmap(grad) / ours |")
-        lines.append("|---" * (len(peers) + 4) + "|")
+        columns = list(next(iter(summary["seconds"].values())))
+        lines.append(f"| workload | {' | '.join(columns)} | best peer / ours | best peer / compiled | vmap / ours |")
+        lines.append("|---" * (len(columns) + 4) + "|")
         for workload, found in summary["seconds"].items():
-            ours = found["ours"]["median"]
-            best = min(found[peer]["median"] for peer in peers)
-            cells = [f"{1e3 * found[name]['median']:.3g}" for name in ("ours", *peers)]
-            ratios = [f"{ratio / ours:.1f}" for ratio in (best, found["vmap(grad)"]["median"])]
-            lines.append(f"| {workload} | {' | '.join(cells + ratios)} |")
+            medians = {name: found[name]["median"] for name in columns}
+            best = min(median for name, median in medians.items() if not name.startswith("ours"))
+            ratios = (
+                best / medians["ours"],
+                best / medians["ours, compiled"],
+                medians["vmap(grad)"] / medians["ours"],
+            )
+            cells = [f"{1e3 * median:.3g}" for median in medians.values()] + [f"{ratio:.1f}" for ratio in ratios]
+            lines.append(f"| {workload} | {' | '.join(cells)} |")
     for name, found in summary["memory_bytes"].items():
         lines += [
             "",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
 from .autograd import AdaptedTasks, FlatParameters, predict
+from .batch import check_query_features
+from .problem import Problem
 
 
 class AdaptedMLP:
@@ -25,18 +25,17 @@ class AdaptedMLP:
         names: tuple[tuple[str, str | None], ...],
         tasks: AdaptedTasks,
         parameters: FlatParameters,
-        check_query: Callable[[int, Tensor], None],
     ) -> None:
-        """names: of each layer's weight and bias among the model's parameters."""
+        """Of a model with the given parameters, which are live, and named by layer: weight and bias."""
         self._model, self._names, self._tasks, self._parameters = model, names, tasks, parameters
-        self._check_query = check_query
+        self._like = next(p for p in tasks.parameters if p is not None)
 
     def __len__(self) -> int:
         return self._tasks.plan.sizes.tasks
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
-        self._check_query(len(self), query_x)
+        check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
         return predict(self._tasks, query_x, self._parameters)
 
     def weights(self) -> dict[str, Tensor]:
@@ -49,22 +48,18 @@ class AdaptedMLP:
         Raises:
             IndexError: there is no such task.
         """
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"task {i} of {len(self)} tasks")
-        i %= len(self)
-        model = copy.deepcopy(self._model)
-        model.load_state_dict({name: value[0] for name, value in self._weights(range(i, i + 1)).items()})
-        return model
+        i = _task_index(i, len(self))
+        return _with_weights(self._model, {n: value[0] for n, value in self._weights(range(i, i + 1)).items()})
 
     @torch.no_grad()
     def _weights(self, tasks: range) -> dict[str, Tensor]:
-        dtype = next(p.dtype for p in self._parameters if p is not None)
+        dtype = self._like.dtype
         collected: dict[str, list[Tensor]] = {name: [] for pair in self._names for name in pair if name is not None}
-        for chunk in self._tasks:
-            start, stop = max(tasks.start, chunk.start), min(tasks.stop, chunk.start + chunk.length)
+        for i, chunk in enumerate(self._tasks.slices):
+            start, stop = max(tasks.start, chunk.start), min(tasks.stop, chunk.stop)
             if start >= stop:
                 continue
-            for layer, pair in zip(chunk.adapted.layers, self._names, strict=True):
+            for layer, pair in zip(self._tasks.adapted(i).layers, self._names, strict=True):
                 values = layer.adapted(slice(start - chunk.start, stop - chunk.start))
                 for name, value in zip(pair, values, strict=True):
                     if name is not None and value is not None:
@@ -79,27 +74,41 @@ class AdaptedMLP:
 class ReferenceAdapted:
     """As `AdaptedMLP`, from the fast weights that the oracle gave for each task."""
 
-    def __init__(
-        self, model: nn.Module, fast: list[dict[str, Tensor]], check_query: Callable[[int, Tensor], Any]
-    ) -> None:
-        self._model, self._fast, self._check_query = model, fast, check_query
+    def __init__(self, model: nn.Module, problem: Problem, fast: list[dict[str, Tensor]]) -> None:
+        # A layer that does not move still is the model's own, and a snapshot has its own.
+        self._fast = [{name: value.clone() for name, value in weights.items()} for weights in fast]
+        self._model, self._problem = model, problem
 
     def __len__(self) -> int:
         return len(self._fast)
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
-        self._check_query(len(self), query_x)
+        like = next(iter(self._fast[0].values() if self._fast else self._model.parameters()))
+        check_query_features(self._problem, like, len(self), query_x)
         return reference.run_tasks(self._model, self._fast, query_x)
 
     def weights(self) -> dict[str, Tensor]:
         """Every task's parameters by name, [T, *shape], detached."""
-        return {
-            name: torch.stack([f[name].detach() for f in self._fast]) for name in dict(self._model.named_parameters())
-        }
+        if not self._fast:
+            return {name: p.detach().new_empty(0, *p.shape) for name, p in self._model.named_parameters()}
+        return {name: torch.stack([weights[name].detach() for weights in self._fast]) for name in self._fast[0]}
 
     def task(self, i: int) -> nn.Module:
         """The network of task `i`: a copy of the model with the adapted parameters."""
-        model = copy.deepcopy(self._model)
-        model.load_state_dict({name: value.detach() for name, value in self._fast[i].items()})
-        return model
+        return _with_weights(self._model, self._fast[_task_index(i, len(self))])
+
+
+def _task_index(i: int, tasks: int) -> int:
+    if not -tasks <= i < tasks:
+        raise IndexError(f"task {i} of {tasks} tasks")
+    return i % tasks
+
+
+@torch.no_grad()
+def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A copy of the model with other parameters."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].clone()
+    return model

@@ -6,8 +6,10 @@ nothing per task. `predict` does not: whatever loss comes behind it, its backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from .engines import batched
 from .engines.losses import task_loss
 from .planner import Plan
 
-FlatParameters = tuple[Tensor | None, ...]  # weight, bias, weight, bias, ...
+FlatParameters = Sequence[Tensor | None]  # weight, bias, weight, bias, ...
+Gradients = list[Tensor | None]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,28 +29,25 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
-def meta_loss(plan: Plan, support: Support, query: Query, reduction: str, parameters: FlatParameters) -> Tensor:
-    """The mean or sum over tasks of the adapted networks' query losses, differentiable to first order."""
+def meta_loss(
+    plan: Plan, support: Support, query: Query, reduction: str, parameters: FlatParameters, *, compiled: bool = False
+) -> Tensor:
+    """The mean or sum over tasks of the adapted networks' query losses, differentiable to first order.
+
+    Args:
+        compiled: run each chunk of tasks through `torch.compile`; it compiles once for every plan.
+    """
     wanted = torch.is_grad_enabled()
-    return _MetaLoss.apply(plan, support, query, reduction, wanted, query.x, *parameters)
+    return _MetaLoss.apply(plan, support, query, reduction, wanted, compiled, query.x, *parameters)
 
 
 def predict(tasks: AdaptedTasks, query_x: Tensor, parameters: FlatParameters) -> Tensor:
     """Outputs of the adapted networks [T, Q, out], differentiable to first order."""
-    return _Predict.apply(tasks, query_x, *parameters)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The adapted layers of `length` tasks from `start` on."""
-
-    start: int
-    length: int
-    adapted: batched.Adapted
+    return _Predict.apply(tasks, query_x, tasks.support.x, tasks.support.y, tasks.support.weight, *parameters)
 
 
 class AdaptedTasks:
-    """A batch of adapted tasks, kept, or adapted anew every time they are walked over.
+    """A batch of adapted tasks, chunk by chunk: kept, or adapted anew every time one is asked for.
 
     Args:
         parameters: what the tasks are adapted from; read again whenever they are adapted.
@@ -55,17 +55,25 @@ class AdaptedTasks:
     """
 
     def __init__(self, plan: Plan, support: Support, parameters: FlatParameters, *, keep: bool) -> None:
-        self.plan, self.support, self.parameters = plan, support, parameters
-        self.kept: list[Chunk] | None = list(self._adapt()) if keep else None
+        self.plan, self.support, self.parameters = plan, support, tuple(parameters)
+        self.slices = list(_slices(plan))
+        self.kept: list[batched.Adapted] | None = None
+        if keep:
+            self.kept = [self._adapt(tasks) for tasks in self.slices]
 
-    def __iter__(self) -> Iterator[Chunk]:
-        return self._adapt() if self.kept is None else iter(self.kept)
+    def adapted(self, chunk: int) -> batched.Adapted:
+        """The adapted layers of the tasks `slices[chunk]`."""
+        return self._adapt(self.slices[chunk]) if self.kept is None else self.kept[chunk]
+
+    def query(self, chunk: int, x: Tensor) -> tuple[batched.Adapted, batched.Trace]:
+        """A chunk's adapted layers, and its query pass on its part of the features x [T, Q, in]."""
+        adapted = self.adapted(chunk)
+        return adapted, batched.query(adapted, x[self.slices[chunk]].to(compute_dtype(x.dtype)))
 
     @torch.no_grad()
-    def _adapt(self) -> Iterator[Chunk]:
-        pairs = _pairs(self.parameters)
-        for start, length in _chunks(self.plan):
-            yield Chunk(start, length, _adapt_chunk(self.plan, pairs, self.support.tasks(start, length)))
+    def _adapt(self, tasks: slice) -> batched.Adapted:
+        with _without_autocast(self.support.x):
+            return _adapt(self.plan, self.parameters, self.support.tasks(tasks))
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -77,89 +85,81 @@ class _MetaLoss(torch.autograd.Function):
         query: Query,
         reduction: str,
         wanted: bool,
+        compiled: bool,
         query_x: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        pairs = _pairs(parameters)
         dtype = compute_dtype(query_x.dtype)
-        needs_features, *needs_parameters = (wanted and needed for needed in ctx.needs_input_grad[5:])
-        outer = batched.OuterGradient(needs_parameters)
-        features = torch.empty_like(query_x, dtype=dtype) if needs_features else None
+        needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
+        step = _compiled_chunk_step(plan, needed) if compiled else partial(_chunk_step, plan, needed)
         shares = _task_shares(query, reduction, dtype)
-        losses = []
-        for start, length in _chunks(plan):
-            adapted = _adapt_chunk(plan, pairs, support.tasks(start, length))
-            trace = batched.query(adapted, query_x.narrow(0, start, length).to(dtype))
-            y = _cast(query.y.narrow(0, start, length), dtype)
-            weight = None if query.weight is None else query.weight.narrow(0, start, length).to(dtype)
-            loss = task_loss(plan.problem.outer_loss, y, weight, plan.problem.network.out_features, dtype)
-            losses.append(loss.values(trace.outputs))
-            if needs_features or any(needs_parameters):
-                share = shares if isinstance(shares, float) else shares[start : start + length, None, None]
-                d = loss.gradient(trace.outputs).mul_(share)
-                dx = batched.query_backward(adapted, trace, d, outer, needs_features)
-                if features is not None and dx is not None:
-                    features[start : start + length] = dx
-        ctx.dtype, ctx.inputs = query_x.dtype, (query_x, *parameters)
-        ctx.save_for_backward(features, *outer.gradients(parameters))
+        losses, features = [], []
+        outer: Gradients = [None] * len(parameters)
+        with _without_autocast(query_x):
+            for tasks in _slices(plan):
+                share = shares if isinstance(shares, float) else shares[tasks]
+                per_task, dx, gradients = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
+                losses.append(per_task)
+                features.append(dx)
+                _add(outer, gradients)
+        ctx.dtypes = [t.dtype if t is not None else None for t in (query_x, *parameters)]
+        ctx.inputs = (query_x, *parameters)
+        ctx.save_for_backward(_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:]))
         per_task = torch.cat(losses) if losses else query_x.new_empty(0, dtype=dtype)
         return _reduce(per_task, query, reduction).to(query_x.dtype)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return _differentiable_once(_MetaLoss._backward, ctx, cotangent)
+        return (*[None] * 6, *_differentiable_once(_MetaLoss._gradients, ctx, cotangent))
 
     @staticmethod
-    def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        gradients = [None if g is None else (g * cotangent).to(ctx.dtype) for g in ctx.saved_tensors]
-        return (None, None, None, None, None, *gradients)
+    def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
+        return [
+            None if g is None else (g * cotangent).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
 
 
 class _Predict(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tasks: AdaptedTasks, query_x: Tensor, *parameters: Tensor | None) -> Tensor:
-        x = query_x.to(compute_dtype(query_x.dtype))
-        traces, outputs = [], []
-        for chunk in tasks:
-            trace = batched.query(chunk.adapted, x.narrow(0, chunk.start, chunk.length))
-            traces.append(trace)
-            outputs.append(trace.outputs)
-            if tasks.kept is None:
-                traces.clear()
-        ctx.tasks, ctx.traces, ctx.inputs = tasks, traces, (query_x, *parameters)
-        # Saved so that autograd notices when an optimiser changed them between forward and backward.
-        ctx.save_for_backward(query_x, *parameters)
-        if not outputs:
+    def forward(ctx: Any, tasks: AdaptedTasks, query_x: Tensor, *tensors: Tensor | None) -> Tensor:
+        with _without_autocast(query_x):
+            passes = [tasks.query(i, query_x) if tasks.kept else _outputs(tasks, i, query_x) for i in _chunks(tasks)]
+        ctx.tasks, ctx.traces, ctx.inputs = tasks, [trace for _, trace in passes], (query_x, *tensors[3:])
+        # Saved, support set and all, so that autograd notices what changed in place between forward and backward.
+        ctx.save_for_backward(query_x, *tensors)
+        if not passes:
             return query_x.new_empty(*query_x.shape[:2], tasks.plan.problem.network.out_features)
-        return torch.cat(outputs).to(query_x.dtype)
+        return torch.cat([trace.outputs for _, trace in passes]).to(query_x.dtype)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return _differentiable_once(_Predict._backward, ctx, cotangent)
+        dx, *gradients = _differentiable_once(_Predict._gradients, ctx, cotangent)
+        return (None, dx, None, None, None, *gradients)
 
     @staticmethod
-    def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        query_x, *parameters = ctx.saved_tensors
-        dtype = compute_dtype(query_x.dtype)
-        needs_features, *needs_parameters = ctx.needs_input_grad[1:]
-        outer = batched.OuterGradient(needs_parameters)
-        features = torch.empty_like(query_x, dtype=dtype) if needs_features else None
-        for i, chunk in enumerate(ctx.tasks):
-            tasks = slice(chunk.start, chunk.start + chunk.length)
-            trace = ctx.traces[i] if ctx.traces else batched.query(chunk.adapted, query_x[tasks].to(dtype))
-            d = torch.empty_like(trace.outputs).copy_(cotangent[tasks])
-            dx = batched.query_backward(chunk.adapted, trace, d, outer, needs_features)
-            if features is not None and dx is not None:
-                features[tasks] = dx
-        gradients = [None if g is None else g.to(query_x.dtype) for g in (features, *outer.gradients(parameters))]
-        return (None, *gradients)
+    def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
+        query_x, _, _, _, *parameters = ctx.saved_tensors
+        tasks, needed = ctx.tasks, (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
+        features = []
+        outer: Gradients = [None] * len(parameters)
+        with _without_autocast(query_x):
+            for i in _chunks(tasks):
+                dx, gradients = _reverse(tasks, i, ctx.traces[i], query_x, cotangent, needed)
+                features.append(dx)
+                _add(outer, gradients)
+        gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
+        return [
+            None if g is None or t is None else g.to(t.dtype)
+            for g, t in zip(gradients, (query_x, *parameters), strict=True)
+        ]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on a gradient that came from `inputs`; its derivative is an error."""
+    """The identity on a gradient that came from `sources`; its derivative is an error."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -170,9 +170,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _differentiable_once(
-    backward: Callable[[Any, Tensor], tuple[Any, ...]], ctx: Any, cotangent: Tensor
-) -> tuple[Any, ...]:
+def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, cotangent: Tensor) -> Gradients:
     """Run a backward; where its results are to be differentiated again, make that an error.
 
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
@@ -183,27 +181,106 @@ def _differentiable_once(
         gradients = backward(ctx, cotangent)
     if not again:
         return gradients
-    return tuple(None if g is None else _NoSecondDerivative.apply(g, *ctx.inputs) for g in gradients)
+    return [None if g is None else _NoSecondDerivative.apply(g, cotangent, *ctx.inputs) for g in gradients]
 
 
-def _adapt_chunk(plan: Plan, pairs: batched.Parameters, support: Support) -> batched.Adapted:
+def _chunk_step(
+    plan: Plan,
+    needed: Sequence[bool],
+    parameters: FlatParameters,
+    support: Support,
+    query: Query,
+    share: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """The meta-step of a chunk of tasks.
+
+    Args:
+        needed: whether a gradient is asked for: of the query features, then of each parameter.
+        share: the cotangent of each task's loss, a number or [t].
+
+    Returns:
+        Losses [t], the gradient of the query features [t, Q, in], and the outer gradient of each parameter.
+    """
+    adapted = _adapt(plan, parameters, support)
+    dtype = compute_dtype(query.x.dtype)
+    trace = batched.query(adapted, query.x.to(dtype))
+    weight = None if query.weight is None else query.weight.to(dtype)
+    out_features = plan.problem.network.out_features
+    loss = task_loss(plan.problem.outer_loss, _cast(query.y, dtype), weight, out_features, dtype)
+    losses = loss.values(trace.outputs)
+    if not any(needed):
+        return losses, None, [None] * len(parameters)
+    d = loss.gradient(trace.outputs).mul_(share if isinstance(share, float) else share[:, None, None])
+    dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0])
+    return losses, dx, gradients
+
+
+@lru_cache(maxsize=64)
+def _compiled_chunk_step(plan: Plan, needed: tuple[bool, ...]) -> Callable[..., Any]:
+    """`_chunk_step` of a plan through `torch.compile`: one graph, static shapes."""
+    step = torch.compile(partial(_chunk_step, plan, needed), fullgraph=True, dynamic=False)
+
+    def run(*arguments: Any) -> Any:
+        with warnings.catch_warnings():
+            # Dynamo tells that it traces through functions with a cache, which is what they are there for.
+            warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache")
+            return step(*arguments)
+
+    return run
+
+
+def _outputs(tasks: AdaptedTasks, chunk: int, x: Tensor) -> tuple[None, batched.Trace]:
+    """The outputs of a chunk, and nothing else of its query pass."""
+    _, trace = tasks.query(chunk, x)
+    return None, batched.Trace(trace.outputs, [], [])
+
+
+def _reverse(
+    tasks: AdaptedTasks, chunk: int, trace: batched.Trace, x: Tensor, cotangent: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Gradients]:
+    """The query pass of a chunk in reverse, after running it again where its trace was not kept."""
+    adapted, trace = tasks.query(chunk, x) if not trace.inputs else (tasks.adapted(chunk), trace)
+    d = torch.empty_like(trace.outputs).copy_(cotangent[tasks.slices[chunk]])
+    return batched.query_backward(adapted, trace, d, needed[1:], needed[0])
+
+
+def _adapt(plan: Plan, parameters: FlatParameters, support: Support) -> batched.Adapted:
     dtype = compute_dtype(support.x.dtype)
+    own = [None if p is None else p.detach().to(dtype) for p in parameters]
+    pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
     weight = None if support.weight is None else support.weight.to(dtype)
     return batched.adapt(plan.problem, plan.forms, pairs, support.x.to(dtype), _cast(support.y, dtype), weight)
 
 
-def _chunks(plan: Plan) -> Iterator[tuple[int, int]]:
-    tasks = plan.sizes.tasks
-    for start in range(0, tasks, plan.chunk):
-        yield start, min(plan.chunk, tasks - start)
+def _slices(plan: Plan) -> Iterator[slice]:
+    """The tasks of each chunk."""
+    for start in range(0, plan.sizes.tasks, plan.chunk):
+        yield slice(start, min(start + plan.chunk, plan.sizes.tasks))
 
 
-def _pairs(parameters: FlatParameters) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of each layer in the dtype of the engine."""
-    computed = [
-        p if p is None or p.dtype == compute_dtype(p.dtype) else p.to(compute_dtype(p.dtype)) for p in parameters
+def _chunks(tasks: AdaptedTasks) -> range:
+    return range(len(tasks.slices))
+
+
+def _add(total: Gradients, gradients: Gradients) -> None:
+    """Add a chunk's gradients to the sum of those before it."""
+    for i, gradient in enumerate(gradients):
+        before = total[i]
+        total[i] = gradient if before is None or gradient is None else before.add_(gradient)
+
+
+def _whole(chunks: Sequence[Tensor | None], x: Tensor, needed: bool) -> Tensor | None:
+    """The gradient of all query features from those of the chunks."""
+    found = [chunk for chunk in chunks if chunk is not None]
+    return torch.cat(found) if found else torch.zeros_like(x) if needed else None
+
+
+def _zeros_for_none(gradients: Gradients, parameters: FlatParameters, needed: Sequence[bool]) -> Gradients:
+    """Zeros where a gradient is asked for and there was no task to give one."""
+    return [
+        torch.zeros_like(p) if g is None and need and p is not None else g
+        for g, p, need in zip(gradients, parameters, needed, strict=True)
     ]
-    return list(zip(computed[0::2], computed[1::2], strict=True))  # type: ignore[arg-type]
 
 
 def _task_shares(query: Query, reduction: str, dtype: torch.dtype) -> float | Tensor:
@@ -223,3 +300,11 @@ def _reduce(per_task: Tensor, query: Query, reduction: str) -> Tensor:
 
 def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.to(dtype) if y.is_floating_point() else y
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Engines choose their own precision; inside one, autocast would mix dtypes in in-place operations."""
+    device = like.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -20,6 +20,11 @@ class Sizes:
     dtype: torch.dtype
     device: torch.device
 
+    def __post_init__(self) -> None:
+        for name in ("tasks", "shots", "queries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a whole number, 0 or more")
+
 
 @dataclass(frozen=True)
 class Support:
@@ -29,10 +34,13 @@ class Support:
     y: Tensor
     weight: Tensor | None = None
 
-    def tasks(self, start: int, length: int) -> Support:
-        """`length` tasks from `start` on, as views."""
-        weight = None if self.weight is None else self.weight.narrow(0, start, length)
-        return Support(self.x.narrow(0, start, length), self.y.narrow(0, start, length), weight)
+    def tasks(self, which: slice) -> Support:
+        """Some of the tasks, as views."""
+        return Support(self.x[which], self.y[which], None if self.weight is None else self.weight[which])
+
+    def clone(self) -> Support:
+        """A copy that later changes of the tensors do not touch."""
+        return Support(self.x.clone(), self.y.clone(), None if self.weight is None else self.weight.clone())
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Query:
     y: Tensor
     weight: Tensor | None = None
     task_weight: Tensor | None = None
+
+    def tasks(self, which: slice) -> Query:
+        """Some of the tasks, as views."""
+        weight, task_weight = (None if w is None else w[which] for w in (self.weight, self.task_weight))
+        return Query(self.x[which], self.y[which], weight, task_weight)
 
 
 def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Support:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import network
 from .module import FOMAML
+from .network import MODULES
 from .problem import LOSSES
 from .text import table
 from .train import digits, sine
@@ -27,18 +28,6 @@ RUNS: dict[str, tuple[type[Any], Callable[..., str], str]] = {
     "sine": (sine.SineConfig, sine.run, "sine regression of the MAML paper"),
     "digits": (digits.DigitsConfig, digits.run, "few-shot classification of held-out digits"),
 }
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "softplus": nn.Softplus,
-    "sine": network.Sine,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(command(**options))
     except InterruptedRunError:
-        print("interrupted; the checkpoint is saved, the same command with --resume goes on", file=sys.stderr)
+        typed = [*(sys.argv[1:] if arguments is None else arguments), "--resume"]
+        print(f"interrupted and saved; go on with: fomaml-fused {shlex.join(typed)}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"fomaml-fused: {error}", file=sys.stderr)
@@ -72,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say how a problem of given sizes would be computed, and why")
     plan.add_argument("widths", help="widths from input to output, as 784-256-128-64-64-5")
-    plan.add_argument("--activation", choices=ACTIVATIONS, default="relu")
+    plan.add_argument("--activation", choices=MODULES, default="relu")
     plan.add_argument("--loss", choices=LOSSES, default="cross_entropy")
     plan.add_argument("--tasks", type=int, default=32)
     plan.add_argument("--shots", type=int, default=5, help="support samples a task")
@@ -91,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(name: str, out: Path, resume: bool, **options: Any) -> int:
     require_demo_packages()
+    for option, value in options.items():
+        if isinstance(value, int) and option != "seed" and value < 1:
+            raise ValueError(f"{option} is {value}; it takes at least 1")
     config, run, _ = RUNS[name]
     print(run(config(**options), out, resume=resume))
     return 0
@@ -117,9 +110,13 @@ def _plan(
         raise ValueError(f"widths is {widths!r}; it takes at least an input and an output width, each 1 or more")
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after, device="meta"), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(before, after, device="meta"), MODULES[activation]()]
     meta = FOMAML(nn.Sequential(*layers[:-1]), steps=steps, loss=loss, adapt=adapt, momentum=momentum)
-    print(meta.plan(tasks, shots, queries, dtype=getattr(torch, dtype), device=device))
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; it takes a device of torch, as cpu or cuda") from error
+    print(meta.plan(tasks, shots, queries, dtype=getattr(torch, dtype), device=where))
     return 0
 
 

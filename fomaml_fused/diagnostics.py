@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .batch import check_query, check_support
 from .module import FOMAML
 
 
@@ -29,6 +31,7 @@ class FirstOrderGap:
         return f"first-order gradient: cosine {self.cosine:.4f}, norm ratio {self.norm_ratio:.4f} to the exact one"
 
 
+@torch.enable_grad()
 def first_order_gap(
     meta: FOMAML,
     support_x: Tensor,
@@ -46,15 +49,19 @@ def first_order_gap(
     are those of `FOMAML.forward`; gradients accumulated on the model stay as they are.
     """
     inner, problem = meta.problem.inner, meta.problem
-    parameters = dict(meta.model.named_parameters())
+    model = copy.deepcopy(meta.model).requires_grad_()
+    parameters = dict(model.named_parameters())
+    like = next(iter(parameters.values()))
+    support = check_support(problem, like, support_x, support_y, support_weight)
+    query = check_query(problem, like, support.x.shape[0], query_x, query_y, query_weight, task_weight)
     gradients = []
     for first_order in (True, False):
         loss = reference.meta_loss(
-            meta.model,
-            support_x,
-            support_y,
-            query_x,
-            query_y,
+            model,
+            support.x,
+            support.y,
+            query.x.detach(),
+            query.y,
             lr=inner.rates if inner.steps else 0.0,
             steps=inner.steps,
             loss=problem.loss,
@@ -62,9 +69,9 @@ def first_order_gap(
             momentum=inner.momentum,
             weight_decay=inner.weight_decay,
             adapt=[i for i, moves in enumerate(inner.adapt) if moves],
-            support_weight=support_weight,
-            query_weight=query_weight,
-            task_weight=task_weight,
+            support_weight=support.weight,
+            query_weight=query.weight,
+            task_weight=query.task_weight,
             first_order=first_order,
         )
         gradients.append(torch.autograd.grad(loss, list(parameters.values())))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, FlatParameters, meta_loss, predict
+from .autograd import AdaptedTasks, FlatParameters, compute_dtype, meta_loss, predict
 from .batch import Sizes, Support, check_query, check_query_features, check_support
 from .engines.losses import task_loss
 from .network import read_network
@@ -38,6 +38,8 @@ class FOMAML(nn.Module):
         momentum, weight_decay: of the inner loop, as in `torch.optim.SGD`.
         adapt: the layers that move: "all", "head" (the last), "body" (all others) or indices.
         backend: "auto", "torch" (batched torch ops), or "reference" (autograd, one task at a time).
+        compile: run the meta-step through `torch.compile`: the first call of each size waits for the compiler, later
+            ones have less to launch. `predict` and `adapt` are never compiled.
 
     Raises:
         TypeError, ValueError: an argument is not taken; the message names it.
@@ -55,14 +57,15 @@ class FOMAML(nn.Module):
         weight_decay: float = 0.0,
         adapt: str | Iterable[int] = "all",
         backend: str = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         network, linears = read_network(model)
         inner = InnerLoop(
             rates=inner_rates(lr, steps, network.depth),
             adapt=adapted_layers(adapt, network.depth),
-            momentum=float(momentum),
-            weight_decay=float(weight_decay),
+            momentum=momentum,
+            weight_decay=weight_decay,
         )
         inner_loss = Loss.of(loss)
         outer = inner_loss if outer_loss is None else Loss.of(outer_loss, "outer_loss")
@@ -70,8 +73,8 @@ class FOMAML(nn.Module):
             raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
         self.model = model
         self.problem = Problem(network, inner, inner_loss, outer)
-        self.backend = backend
-        self._linears = linears
+        self.backend, self.compiled = backend, compile
+        self._linears, self._read = linears, list(model.modules())
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
 
@@ -108,17 +111,17 @@ class FOMAML(nn.Module):
         support = self._support(support_x, support_y, support_weight)
         query = check_query(self.problem, self._like, support.x.shape[0], query_x, query_y, query_weight, task_weight)
         plan = self._plan(support, query_x.shape[1])
-        # The fused loss has gradients for parameters and query features; what else asks for one goes through predict.
-        others = (query.y, query.weight, query.task_weight)
-        if (
-            reduction != "none"
-            and plan.engine != "reference"
-            and not any(t is not None and t.requires_grad for t in others)
-        ):
-            return meta_loss(plan, support, query, reduction, self._parameters_flat())
-        outputs = self._predict(plan, support, query_x)
-        loss = task_loss(self.problem.outer_loss, query.y, query.weight, outputs.shape[2], outputs.dtype)
-        return reference.reduce_tasks(loss.values(outputs), query.task_weight, reduction)
+        # The fused loss has gradients for parameters and query features. What else may ask for one, a callable's own
+        # parameters included, goes through predict.
+        asks = any(t is not None and t.requires_grad for t in (query.y, query.weight, query.task_weight))
+        asks = asks or (self.problem.outer_loss.name == "callable" and torch.is_grad_enabled())
+        if plan.engine == "batched" and reduction != "none" and not asks:
+            return meta_loss(plan, support, query, reduction, self._parameters_flat(), compiled=self.compiled)
+        dtype = compute_dtype(query_x.dtype)
+        outputs = self._predict(plan, support, query_x).to(dtype)
+        y = query.y.to(dtype) if query.y.is_floating_point() else query.y
+        loss = task_loss(self.problem.outer_loss, y, query.weight, outputs.shape[2], dtype)
+        return reference.reduce_tasks(loss.values(outputs), query.task_weight, reduction).to(query_x.dtype)
 
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
@@ -134,16 +137,12 @@ class FOMAML(nn.Module):
         """The adapted networks, to be called on any number of query samples."""
         support = self._support(support_x, support_y, support_weight)
         plan = self._plan(support, support.x.shape[1])
-
-        def check(tasks: int, query_x: Tensor) -> None:
-            check_query_features(self.problem, self._like, tasks, query_x)
-
         if plan.engine == "reference":
-            return ReferenceAdapted(self.model, self._reference_weights(support), check)
+            return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
         live = self._parameters_flat()
         snapshot = tuple(None if p is None else p.detach().clone() for p in live)
-        tasks = AdaptedTasks(plan, support, snapshot, keep=True)
-        return AdaptedMLP(self.model, self._names(), tasks, live, check)
+        tasks = AdaptedTasks(plan, support.clone(), snapshot, keep=True)
+        return AdaptedMLP(self.model, self._names(), tasks, live)
 
     def plan(
         self,
@@ -185,7 +184,7 @@ class FOMAML(nn.Module):
 
     def _predict(self, plan: Plan, support: Support, query_x: Tensor) -> Tensor:
         if plan.engine == "reference":
-            return ReferenceAdapted(self.model, self._reference_weights(support), lambda *_: None)(query_x)
+            return reference.run_tasks(self.model, self._reference_weights(support), query_x)
         parameters = self._parameters_flat()
         return predict(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), query_x, parameters)
 
@@ -208,7 +207,17 @@ class FOMAML(nn.Module):
         ]
 
     def _parameters_flat(self) -> FlatParameters:
-        return tuple(p for linear in self._linears for p in (linear.weight, linear.bias))
+        if list(self.model.modules()) != self._read:
+            raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
+        flat = tuple(p for linear in self._linears for p in (linear.weight, linear.bias))
+        like = self._like
+        for p in flat:
+            if p is not None and (p.dtype != like.dtype or p.device != like.device):
+                raise ValueError(
+                    f"model has parameters of {like.dtype} on {like.device} and of {p.dtype} on {p.device}; "
+                    "all take the same dtype and device"
+                )
+        return flat
 
     def _names(self) -> tuple[tuple[str, str | None], ...]:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -222,6 +231,8 @@ class ANIL(FOMAML):
     """`FOMAML` whose inner loop moves the head alone (Raghu et al. 2020); every layer gets its outer gradient."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
+        if "adapt" in options:
+            raise TypeError("ANIL adapts the head; FOMAML takes adapt")
         super().__init__(model, adapt="head", **options)
 
 

@@ -51,14 +51,15 @@ def read_network(model: nn.Module) -> tuple[Network, list[nn.Linear]]:
         ValueError: an activation before the first Linear or behind another one, a Linear that appears twice, widths
             that do not chain.
     """
-    if not isinstance(model, nn.Sequential | nn.Linear):
-        raise TypeError(f"model is {type(model).__name__}; it takes an nn.Sequential of Linear layers and activations")
     linears: list[nn.Linear] = []
     activations: list[Activation | None] = []
     for name, module in _flatten(model, ""):
         if type(module) is nn.Linear:
-            if any(module.weight is other.weight for other in linears):
-                raise ValueError(f"model[{name}] shares its weight with an earlier layer; each layer takes its own")
+            own = {id(p) for p in module.parameters()}
+            if any(id(p) in own for other in linears for p in other.parameters()):
+                raise ValueError(f"model[{name}] shares a parameter with an earlier layer; each layer takes its own")
+            if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+                raise TypeError(f"model[{name}].weight is not a Parameter of real floating-point numbers")
             linears.append(module)
             activations.append(None)
         elif type(module) in _ACTIVATIONS:
@@ -81,8 +82,26 @@ def read_network(model: nn.Module) -> tuple[Network, list[nn.Linear]]:
 
 
 def _flatten(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, nn.Sequential):
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(f"model[{prefix}] has forward hooks, which a fused network would not run")
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for i, child in enumerate(module):  # unlike named_children(), this yields a module as often as it runs
             yield from _flatten(child, f"{prefix}.{i}" if prefix else str(i))
     else:
         yield prefix or "0", module
+
+
+# A module for each activation that a name can stand for, with its usual parameters.
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "sine": Sine,
+}

@@ -55,6 +55,7 @@ class Plan:
         memory: bytes that a chunk holds at its peak, by the model.
         naive_memory: bytes of fast weights and gradients of every task, which the per-task formula would hold.
         reason: why this engine runs.
+        memory_bound: bytes that the chunk was chosen to stay under.
     """
 
     problem: Problem
@@ -66,6 +67,7 @@ class Plan:
     memory: float
     naive_memory: float
     reason: str
+    memory_bound: int = MEMORY_BOUND
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -97,7 +99,9 @@ class Plan:
         lines += ["", *table(rows), ""]
         plans = [("chosen", self)]
         for form in FORMS:
-            other = _make_plan(problem, sizes, "torch", Override((form,) * problem.network.depth))
+            other = _make_plan(
+                problem, sizes, "torch", Override((form,) * problem.network.depth, None, self.memory_bound)
+            )
             if other.forms != self.forms:
                 plans.append((f"all {form}", other))
         rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
@@ -162,7 +166,7 @@ def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto") -> Plan:
     return _make_plan(problem, sizes, backend, _override.get())
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _make_plan(problem: Problem, sizes: Sizes, backend: str, told: Override) -> Plan:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
@@ -171,8 +175,10 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, told: Override) -> 
         raise ValueError(f"forms is {told.forms}; it takes 'primal' or 'dual' for each of the {depth} layers")
     if backend == "reference":
         layers = tuple(LayerPlan("reference", ()) for _ in range(depth))
-        naive = float(2 * problem.network.parameters * sizes.dtype.itemsize)
-        return Plan(problem, sizes, "reference", layers, 1, True, naive, naive, "one task at a time, by autograd")
+        naive = float(2 * sizes.tasks * problem.network.parameters * sizes.dtype.itemsize)
+        return Plan(
+            problem, sizes, "reference", layers, 1, True, naive, naive, "autograd, one task at a time, as asked for"
+        )
 
     device = CPU if sizes.device.type == "cpu" else GPU
     candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
@@ -216,7 +222,8 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
         keeps_state=(state + held) * times <= told.memory_bound,
         memory=held,
         naive_memory=float(2 * sizes.tasks * problem.network.parameters * itemsize),
-        reason=f"batched torch ops on {sizes.device.type}",
+        reason="batched torch ops, which run on any device; this version has no other engine than the reference",
+        memory_bound=told.memory_bound,
     )
 
 

@@ -6,7 +6,8 @@ Nothing here holds a tensor. A `Problem` is hashable, so plans and compiled kern
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,13 +150,18 @@ class Loss:
         """The `Loss` a user means by a name, a `Loss`, or a callable.
 
         Raises:
+            ValueError: an unknown name.
             TypeError: `loss` is none of these.
         """
         if isinstance(loss, Loss):
             return loss
         if isinstance(loss, str):
+            if loss not in LOSSES:
+                raise ValueError(f"{argument} is {loss!r}; it takes one of {', '.join(LOSSES)}, or a callable")
             return cls(loss)
         if callable(loss):
+            if not isinstance(loss, Hashable):
+                raise TypeError(f"{argument} is {type(loss).__name__}, which cannot be hashed; plans are cached by it")
             return cls("callable", function=loss)
         raise TypeError(f"{argument} is {type(loss).__name__}; it takes a name, a fomaml_fused.Loss or a callable")
 
@@ -190,6 +196,8 @@ class InnerLoop:
                 raise ValueError(f"lr is {row}; it takes finite numbers")
         for name in ("momentum", "weight_decay"):
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} is {value!r}; it takes a number")
             if not (value >= 0.0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it takes a finite number, not negative")
 
@@ -248,8 +256,11 @@ def adapted_layers(adapt: str | Iterable[int], depth: int) -> tuple[bool, ...]:
         if adapt not in named:
             raise ValueError(f"adapt is {adapt!r}; it takes 'all', 'head', 'body' or layer indices")
         return tuple(i in named[adapt] for i in range(depth))
+    adapt = list(adapt) if isinstance(adapt, Iterable) else adapt
     try:
-        indices = [int(i) for i in adapt]
+        if any(isinstance(i, bool) for i in adapt):
+            raise TypeError("a mask")
+        indices = [operator.index(i) for i in adapt]
     except TypeError as error:
         raise TypeError(f"adapt is {adapt!r}; it takes 'all', 'head', 'body' or layer indices") from error
     for i in indices:
@@ -268,10 +279,13 @@ def inner_rates(lr: Any, steps: int, depth: int) -> tuple[tuple[float, ...], ...
         ValueError: a negative number of steps, a shape that does not broadcast, or a rate that is not finite.
         TypeError: `lr` is not made of numbers, or `steps` is no whole number.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
         raise TypeError(f"steps is {steps!r}; it takes a whole number, 0 or more")
+    steps = operator.index(steps)
     if steps < 0:
         raise ValueError(f"steps is {steps}; it takes a whole number, 0 or more")
+    if isinstance(lr, torch.Tensor) and lr.requires_grad:
+        raise TypeError("lr asks for a gradient; rates are values here, and no gradient would reach it")
     try:
         values = torch.as_tensor(lr, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError) as error:

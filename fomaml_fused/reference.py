@@ -79,6 +79,8 @@ def mean_loss(loss: str | Loss | SampleLoss, outputs: Tensor, targets: Tensor, w
         case _:
             assert loss.function is not None
             samples = loss.function(outputs, targets)
+            if samples.shape != outputs.shape[:1]:
+                raise ValueError(f"loss gave a tensor of shape {list(samples.shape)}; it gives a loss per sample")
     return samples.mean() if weight is None else (weight * samples).sum() / weight.sum()
 
 

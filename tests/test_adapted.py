@@ -1,5 +1,7 @@
 """Adapted networks: their weights, their outputs, one of them as an ordinary model."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -57,15 +59,18 @@ def test_there_is_no_task_past_the_last() -> None:
         fast(batch["query_x"][:2])
 
 
-def test_an_adapted_network_is_a_snapshot() -> None:
-    case = CASES["plain"]
+@pytest.mark.parametrize("form", ["primal", "dual", "reference"])
+def test_an_adapted_network_is_a_snapshot(form: str) -> None:
+    case = CASES["body"]
     model, batch = case.model(torch.float64), case.batch(torch.float64)
-    with ff.override(forms=("dual",) * 3):
-        fast = ff.FOMAML(model, **case.options()).adapt(batch["support_x"], batch["support_y"])
+    meta = ff.FOMAML(model, **case.options(), backend="reference" if form == "reference" else "auto")
+    with ff.override(forms=None if form == "reference" else (form,) * 3):
+        fast = meta.adapt(batch["support_x"], batch["support_y"])
     before, weights = fast(batch["query_x"]).detach(), fast.weights()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2.0)
+    batch["support_x"].zero_()
     assert torch.equal(fast(batch["query_x"]), before)
     assert all(torch.equal(fast.weights()[name], w) for name, w in weights.items())
 
@@ -76,3 +81,28 @@ def test_any_number_of_query_samples() -> None:
     fast = ff.FOMAML(case.model(torch.float64), **case.options()).adapt(batch["support_x"], batch["support_y"])
     x = torch.randn(5, 9, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.cat([fast(x[:, :2]), fast(x[:, 2:])], 1), fast(x))
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_adapted_networks_can_be_pickled_and_outlive_a_change_of_dtype(form: str) -> None:
+    case = CASES["plain"]
+    batch = case.batch(torch.float32)
+    meta = ff.FOMAML(case.model(torch.float32), **case.options())
+    with ff.override(forms=(form,) * 3):
+        fast = meta.adapt(batch["support_x"], batch["support_y"])
+    expected = fast(batch["query_x"])
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(batch["query_x"]), expected)
+    meta.double()
+    assert torch.equal(fast(batch["query_x"]), expected)
+    with pytest.raises(TypeError, match=r"query_x is torch\.float64"):
+        fast(batch["query_x"].double())
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_no_task_adapts_to_no_network(backend: str) -> None:
+    case = CASES["plain"]
+    batch = case.batch(torch.float64)
+    meta = ff.FOMAML(case.model(torch.float64), **case.options(), backend=backend)
+    fast = meta.adapt(batch["support_x"][:0], batch["support_y"][:0])
+    assert fast.weights()["0.weight"].shape == (0, 17, 3)
+    assert fast(batch["query_x"][:0]).shape == (0, 4, 3)

@@ -134,6 +134,62 @@ def test_changing_parameters_before_a_backward_that_needs_them_is_an_error() -> 
         outputs.sum().backward()
 
 
+@pytest.mark.parametrize("bound", [1 << 30, 1])
+def test_changing_the_support_set_before_that_backward_is_an_error_too(bound: int) -> None:
+    meta, batch = setup()
+    with ff.override(memory_bound=bound, forms=("dual", "dual")):
+        outputs = meta.predict(batch["support_x"], batch["support_y"], batch["query_x"])
+    batch["support_x"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_a_second_derivative_through_the_cotangent_is_an_error() -> None:
+    meta, batch = setup()
+    temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = meta(**batch) * temperature
+    gradients = torch.autograd.grad(loss, list(meta.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(gradients[0].square().sum(), temperature)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_parameters_of_a_callable_outer_loss_get_their_gradient(reduction: str) -> None:
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (scale * outputs - targets).square().mean(-1)
+
+    batch, options = CASE.batch(torch.float64), CASE.options() | {"outer_loss": loss}
+    meta = ff.FOMAML(CASE.model(torch.float64), **options)
+    reference = ff.reference.meta_loss(meta.model, **batch, **options, reduction=reduction)
+    (actual,) = torch.autograd.grad(meta(**batch, reduction=reduction).sum(), scale)
+    (expected,) = torch.autograd.grad(reference.sum(), scale)
+    assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_autocast_changes_nothing(form: str, dtype: torch.dtype) -> None:
+    meta, batch = setup(replace(CASE, steps=3, momentum=0.5), torch.float32)
+    inputs = [*meta.parameters(), batch["query_x"]]
+    for reduction in ("mean", "none"):
+        found = []
+        for enabled in (False, True):
+            with ff.override(forms=(form, form)), torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                loss = meta(**batch, reduction=reduction).sum()
+            found.append([loss, *torch.autograd.grad(loss, inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_sixteen_bit_losses_are_taken_in_float32() -> None:
+    meta, batch = setup(CASE, torch.float16)
+    batch["query_y"][0, 0, 0] = 400.0
+    per_task = meta(**batch, reduction="none")
+    assert per_task.isfinite().all()
+    torch.testing.assert_close(per_task.mean(), meta(**batch))
+
+
 def test_changing_outputs_in_place_changes_no_gradient() -> None:
     meta, batch = setup(replace(CASE, last_activation="tanh"))
     inputs = list(meta.parameters())

@@ -105,6 +105,22 @@ def test_plan_explains_given_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0: 784 -> 256  shared" in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "3-4", "--tasks", "-5"], "tasks is -5; it takes a whole number, 0 or more"),
+        (["plan", "3-4", "--device", "foo"], "device is 'foo'"),
+        (["train", "sine", "--tasks", "0"], "tasks is 0; it takes at least 1"),
+        (["train", "digits", "--iterations", "-1"], "iterations is -1; it takes at least 1"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("widths", ["784", "3-x", "3-0-2"])
 def test_plan_refuses_what_is_no_network(widths: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", widths]) == 1
@@ -114,7 +130,7 @@ def test_plan_refuses_what_is_no_network(widths: str, capsys: pytest.CaptureFixt
 def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for expected in (torch.__version__, "triton", "engine batched", "threads"):
+    for expected in (torch.__version__, "triton", "engine batched", "no other engine", "threads"):
         assert expected in printed
 
 

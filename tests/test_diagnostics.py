@@ -32,6 +32,17 @@ def test_the_gap_is_between_the_oracles_gradients() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_frozen_layers_and_no_grad_are_no_hindrance_and_bad_batches_are_named() -> None:
+    case = Case(widths=(3, 17, 3), steps=2)
+    meta, batch = ff.FOMAML(case.model(torch.float64), **case.options()), case.batch(torch.float64)
+    expected = ff.diagnostics.first_order_gap(meta, **batch)
+    meta.model[0].requires_grad_(False)  # type: ignore[index]
+    with torch.no_grad():
+        assert ff.diagnostics.first_order_gap(meta, **batch) == expected
+    with pytest.raises(ValueError, match="query_x has 1 tasks"):
+        ff.diagnostics.first_order_gap(meta, **(batch | {"query_x": batch["query_x"][:1]}))
+
+
 def test_without_a_step_there_is_no_gap() -> None:
     case = Case(steps=0)
     gap = ff.diagnostics.first_order_gap(

@@ -171,5 +171,38 @@ def test_functional_call_swaps_parameters() -> None:
     torch.testing.assert_close(actual, meta(**batch))
 
 
+def test_a_model_changed_behind_the_modules_back_is_an_error() -> None:
+    meta, batch = module(), CASE.batch(torch.float64)
+    meta.model[2] = nn.Linear(17, 5).double()  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="make a new FOMAML"):
+        meta(**batch)
+
+
+def test_a_model_of_two_dtypes_is_an_error() -> None:
+    meta, batch = module(), CASE.batch(torch.float64)
+    meta.model[2].float()  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"model has parameters of torch\.float64 on cpu and of torch\.float32"):
+        meta(**batch)
+
+
+def test_anil_takes_no_adapt() -> None:
+    with pytest.raises(TypeError, match="ANIL adapts the head"):
+        ff.ANIL(CASE.model(torch.float64), adapt="all")
+
+
 def test_repr_says_what_is_computed() -> None:
     assert "3-17-5 tanh, cross_entropy, K=3" in repr(module())
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_the_compiled_step_gives_the_same(form: str) -> None:
+    torch.use_deterministic_algorithms(False)  # poisoned memory costs the compiler minutes
+    batch = CASE.batch(torch.float64)
+    results = []
+    for compiled in (False, True):
+        meta = ff.FOMAML(CASE.model(torch.float64), **CASE.options(), compile=compiled)
+        with ff.override(forms=(form, form), chunk=2):  # and a last chunk of another size
+            loss = meta(**batch)
+            results.append([loss, *torch.autograd.grad(loss, [*meta.parameters(), batch["query_x"]])])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-12

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fomaml_fused as ff
 from fomaml_fused.batch import Sizes
@@ -46,6 +49,41 @@ def test_the_bound_on_memory_holds(bound: int) -> None:
         chosen = meta.plan(10_000, 5, 5, device="cpu")
     assert chosen.memory <= bound or chosen.chunk == 1
     assert plan(mlp(784, 256, 5), 10_000, 5, 5).memory <= MEMORY_BOUND
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes that results of ops held at once within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[tuple[StorageWeakRef, int]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.alive = [(ref, size) for ref, size in self.alive if not ref.expired()]
+        known = {ref.cdata for ref, _ in self.alive}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.alive.append((StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.alive))
+        return result
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_peak_over_many_chunks_is_that_of_one(form: str, momentum: float) -> None:
+    model = nn.Sequential(nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 40), nn.Tanh(), nn.Linear(40, 5))
+    meta = ff.FOMAML(model, steps=4, momentum=momentum)
+    tensors = [torch.randn(40, 6, 60), torch.randn(40, 6, 5), torch.randn(40, 7, 60), torch.randn(40, 7, 5)]
+    with ff.override(forms=(form,) * 3, chunk=10):
+        estimate = meta.plan(40, 6, 7).memory
+        with PeakMemory() as memory:
+            meta(*tensors)
+        assert memory.peak < 1.3 * estimate
+        with ff.override(forms=(form,) * 3, chunk=10, memory_bound=1), PeakMemory() as memory:
+            meta.predict(*tensors[:3]).sum().backward()
+        assert memory.peak < 1.3 * estimate
 
 
 def test_the_model_of_memory_covers_what_is_allocated() -> None:

@@ -12,6 +12,15 @@ from fomaml_fused.problem import Activation, InnerLoop, Layer, Network, adapted_
 
 MLP = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 shared = nn.Linear(3, 3)
+tied_bias = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+tied_bias[1].bias = tied_bias[0].bias
+hooked = nn.Sequential(nn.Linear(3, 2))
+hooked[0].register_forward_hook(lambda *_: None)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +41,12 @@ shared = nn.Linear(3, 3)
         ({"adapt": "tail"}, ValueError, "adapt is 'tail'"),
         ({"adapt": [0, 2]}, ValueError, "adapt names layer 2; the network has layers 0 to 1"),
         ({"adapt": 0}, TypeError, "adapt is 0"),
+        ({"adapt": [True, False]}, TypeError, "adapt is .*True.* layer indices"),
+        ({"adapt": [0.5]}, TypeError, "adapt is .*0.5"),
+        ({"adapt": ["head"]}, TypeError, "adapt is .*head"),
+        ({"lr": torch.tensor(0.1, requires_grad=True)}, TypeError, "lr asks for a gradient"),
+        ({"momentum": None}, TypeError, "momentum is None; it takes a number"),
+        ({"outer_loss": "foo"}, ValueError, "outer_loss is 'foo'; it takes one of mse"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'; it takes one of auto"),
     ],
 )
@@ -45,10 +60,13 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     [
         (nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2)), TypeError, r"model\[1\] is Dropout.*Linear, "),
         (nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Conv1d(1, 1, 1))), TypeError, r"model\[0.1\] is Conv1d"),
-        (nn.Conv1d(1, 1, 1), TypeError, "model is Conv1d"),
+        (nn.Conv1d(1, 1, 1), TypeError, r"model\[0\] is Conv1d"),
         (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), ValueError, r"model\[0\] is ReLU; the first layer"),
         (nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Tanh()), ValueError, r"model\[2\] is Tanh, behind another"),
-        (nn.Sequential(shared, nn.ReLU(), shared), ValueError, r"model\[2\] shares its weight"),
+        (nn.Sequential(shared, nn.ReLU(), shared), ValueError, r"model\[2\] shares a parameter"),
+        (nn.Sequential(nn.Linear(3, 3), tied_bias), ValueError, r"model\[1.1\] shares a parameter"),
+        (Doubled(nn.Linear(3, 2)), TypeError, r"model\[0\] is Doubled"),
+        (hooked, TypeError, "has forward hooks"),
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), ValueError, "layer 0 gives 4 features, layer 1 takes 5"),
         (nn.Sequential(), ValueError, "network has no layer"),
     ],

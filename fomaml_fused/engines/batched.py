@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..problem import Problem
-from .activations import ActivationOps, activation_ops
+from ..problem import Activation, Problem
+from .activations import activation_ops
 from .forms import DualFirstLayer, DualLayer, PrimalLayer, SharedLayer
 from .losses import task_loss
 
@@ -22,10 +21,10 @@ Parameters = Sequence[tuple[Tensor, Tensor | None]]  # weight [out, in] and bias
 
 @dataclass
 class Adapted:
-    """The layers of a chunk of tasks after their inner steps."""
+    """The layers of a chunk of tasks after their inner steps, and the activation behind each."""
 
     layers: list[SharedLayer]
-    activations: list[ActivationOps]
+    activations: list[Activation]
 
 
 @dataclass
@@ -35,36 +34,6 @@ class Trace:
     outputs: Tensor  # [T, Q, out]
     inputs: list[Tensor]
     saved: list[Tensor]
-
-
-class OuterGradient:
-    """The sum over tasks of the query gradients, for the parameters that ask for it; chunks add in their order.
-
-    Args:
-        needed: whether each parameter asks: weight, bias, weight, bias, ...
-    """
-
-    def __init__(self, needed: Sequence[bool]) -> None:
-        self.needed = list(needed)
-        self.sums: list[Tensor | None] = [None] * len(self.needed)
-        self.lowest = self.needed.index(True) // 2 if True in self.needed else len(self.needed) // 2
-
-    def add(self, layer: int, rows: Tensor, inputs: Tensor) -> None:
-        """Add `rows.T @ inputs` and the sums of `rows`; rows [N, out], inputs [N, in], N = tasks x queries."""
-        weight, bias = 2 * layer, 2 * layer + 1
-        if self.needed[weight]:
-            total = self.sums[weight]
-            self.sums[weight] = rows.t() @ inputs if total is None else total.addmm_(rows.t(), inputs)
-        if self.needed[bias]:
-            total = self.sums[bias]
-            self.sums[bias] = rows.sum(0) if total is None else total.add_(rows.sum(0))
-
-    def gradients(self, parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradient of each parameter, None where it does not ask; zeros where there was no task."""
-        return [
-            torch.zeros_like(p) if need and total is None and p is not None else total
-            for p, need, total in zip(parameters, self.needed, self.sums, strict=True)
-        ]
 
 
 def adapt(
@@ -77,7 +46,8 @@ def adapt(
         x: support features [T, S, in].  y: [T, S] or [T, S, out].  weight: [T, S] or None.
     """
     inner = problem.inner
-    activations = [activation_ops(layer.activation) for layer in problem.network.layers]
+    kinds = [layer.activation for layer in problem.network.layers]
+    activations = [activation_ops(kind) for kind in kinds]
     first = inner.first_adapted
     layers = [SharedLayer(*p) for p in parameters[:first]]
     # Below the first layer that moves, support features stay the same at every step.
@@ -86,7 +56,7 @@ def adapt(
             x = activation.forward(layer.forward(x, 0))
     layers += [_build(problem, i, forms[i], parameters[i], x) for i in range(first, problem.network.depth)]
     if first == problem.network.depth:
-        return Adapted(layers, activations)
+        return Adapted(layers, kinds)
 
     moving, active = layers[first:], activations[first:]
     loss = task_loss(problem.loss, y, weight, problem.network.out_features, x.dtype)
@@ -105,7 +75,9 @@ def adapt(
                 moving[i].step(inputs[i], d, k)
             if dx is not None:
                 d = dx
-    return Adapted(layers, activations)
+    for layer in layers:
+        layer.finish()
+    return Adapted(layers, kinds)
 
 
 def query(adapted: Adapted, x: Tensor) -> Trace:
@@ -113,28 +85,36 @@ def query(adapted: Adapted, x: Tensor) -> Trace:
     inputs, saved = [], []
     for layer, activation in zip(adapted.layers, adapted.activations, strict=True):
         inputs.append(x)
-        x, kept = activation.run(layer.query(x))
+        x, kept = activation_ops(activation).run(layer.query(x))
         saved.append(kept)
     return Trace(x, inputs, saved)
 
 
-def query_backward(adapted: Adapted, trace: Trace, d: Tensor, outer: OuterGradient, features: bool) -> Tensor | None:
-    """Run the query pass of a chunk of tasks in reverse, and add its outer gradient to `outer`.
+def query_backward(
+    adapted: Adapted, trace: Trace, d: Tensor, needed: Sequence[bool], features: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Run the query pass of a chunk of tasks in reverse.
 
     Args:
         d: the gradient with respect to the outputs, [T, Q, out], times the cotangent of each task; overwritten.
-        features: whether the gradient with respect to the query features is wanted.
+        needed: whether each parameter's gradient is asked for: weight, bias, weight, bias, ...
+        features: whether that of the query features is.
 
     Returns:
-        That gradient, [T, Q, in], or None.
+        The gradient of the query features [T, Q, in], and the outer gradient of each parameter, summed over tasks.
     """
-    lowest = 0 if features else outer.lowest
+    gradients: list[Tensor | None] = [None] * len(needed)
+    lowest = 0 if features or True not in needed else list(needed).index(True) // 2
     for i in range(len(adapted.layers) - 1, lowest - 1, -1):
-        d = adapted.activations[i].backward(d, trace.saved[i])
-        outer.add(i, d.flatten(0, 1), trace.inputs[i].flatten(0, 1))
+        d = activation_ops(adapted.activations[i]).backward(d, trace.saved[i])
+        rows = d.flatten(0, 1)  # [T * Q, out]
+        if needed[2 * i]:
+            gradients[2 * i] = rows.t() @ trace.inputs[i].flatten(0, 1)
+        if needed[2 * i + 1]:
+            gradients[2 * i + 1] = rows.sum(0)
         if i > lowest or features:
             d = adapted.layers[i].query_backward(d)
-    return d if features else None
+    return (d if features else None), gradients
 
 
 def _build(

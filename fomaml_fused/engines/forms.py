@@ -5,6 +5,7 @@ A form answers the same questions for a chunk of T tasks; support samples are [T
     forward(x, k)     Z of the support samples with the weights after k steps
     backward(d, k)    the gradient with respect to that layer's input
     step(x, d, k)     take inner step k from its input X and the gradient D of its pre-activation
+    finish()          let go of what only the inner steps need
     query(x)          Z with the weights after the last step
     query_backward(d) the gradient with respect to that input
 
@@ -35,6 +36,9 @@ class SharedLayer:
 
     def step(self, x: Tensor, d: Tensor, k: int) -> None:
         raise AssertionError("a shared layer takes no step")
+
+    def finish(self) -> None:
+        pass
 
     def query(self, x: Tensor) -> Tensor:
         return self._shared(x)
@@ -116,6 +120,9 @@ class PrimalLayer(SharedLayer):
                 self.bias_velocity.add_(self.fast_bias, alpha=self.weight_decay)
             self.fast_bias.sub_(self.bias_velocity, alpha=rate)
 
+    def finish(self) -> None:
+        self.weight_velocity = self.bias_velocity = None
+
     def query(self, x: Tensor) -> Tensor:
         if self.fast_weight is None:
             return self._shared(x)
@@ -156,7 +163,6 @@ class DualLayer(SharedLayer):
         self.coefficients = coefficients(rates, momentum, weight_decay)
         self.inputs = weight.new_empty(tasks, self.steps * shots, weight.shape[1])  # X_j: [T, K * S, in]
         self.gradients = weight.new_empty(tasks, self.steps * shots, weight.shape[0])  # D_j: [T, K * S, out]
-        self.ones = weight.new_ones(())
         self.history_weights: Tensor | None = None  # c_{k,j} for every sample of step j: [K + 1, K * S]
         if not self.coefficients.settled:
             rows = [row + (0.0,) * (self.steps - len(row)) for row in self.coefficients.history]
@@ -166,26 +172,26 @@ class DualLayer(SharedLayer):
         z = self._shared(x, self.coefficients.shared[k])
         if k == 0:
             return z
-        past = k * self.shots
-        inputs = self.inputs[:, :past].mT
-        gram = torch.bmm(x, inputs) if self.bias is None else torch.baddbmm(self.ones, x, inputs)  # [T, S, k * S]
-        return z.baddbmm_(self._weigh(gram, k), self.gradients[:, :past], alpha=-1.0)
+        inputs, gradients = self._past(k)
+        gram = torch.bmm(x, inputs.mT)  # [T, S, k * S]
+        if self.bias is not None:
+            gram.add_(1.0)
+        return z.baddbmm_(self._weigh(gram, k), gradients, alpha=-1.0)
 
     def backward(self, d: Tensor, k: int) -> Tensor:
         dx = self._shared_backward(d, self.coefficients.shared[k])
         if k == 0:
             return dx
-        past = k * self.shots
-        gram = torch.bmm(d, self.gradients[:, :past].mT)  # [T, S, k * S]
-        return dx.baddbmm_(self._weigh(gram, k), self.inputs[:, :past], alpha=-1.0)
+        inputs, gradients = self._past(k)
+        gram = torch.bmm(d, gradients.mT)  # [T, S, k * S]
+        return dx.baddbmm_(self._weigh(gram, k), inputs, alpha=-1.0)
 
     def step(self, x: Tensor, d: Tensor, k: int) -> None:
-        rows = slice(k * self.shots, (k + 1) * self.shots)
-        self.inputs[:, rows] = x
+        start = k * self.shots
+        self.inputs.narrow(1, start, self.shots).copy_(x)
+        gradients = self.gradients.narrow(1, start, self.shots).copy_(d)
         if self.history_weights is None:  # then the history carries its rate and never has to be weighed again
-            torch.mul(d, self.coefficients.history[-1][k], out=self.gradients[:, rows])
-        else:
-            self.gradients[:, rows] = d
+            gradients.mul_(self.coefficients.history[-1][k])
 
     def query(self, x: Tensor) -> Tensor:
         return self.forward(x, self.steps)
@@ -198,6 +204,10 @@ class DualLayer(SharedLayer):
         gradients = self._weigh(self.gradients[task].mT.contiguous(), self.steps)  # [t, out, K * S]
         weight = torch.baddbmm(self.weight, gradients, self.inputs[task], beta=s, alpha=-1.0)
         return weight, None if self.bias is None else s * self.bias - gradients.sum(2)
+
+    def _past(self, k: int) -> tuple[Tensor, Tensor]:
+        """Inputs [T, k * S, in] and gradients [T, k * S, out] of the steps before k."""
+        return self.inputs.narrow(1, 0, k * self.shots), self.gradients.narrow(1, 0, k * self.shots)
 
     def _weigh(self, gram: Tensor, k: int) -> Tensor:
         """Multiply the columns of step j by c_{k,j}, in place; [T, ..., k * S]."""
@@ -225,13 +235,14 @@ class DualFirstLayer(SharedLayer):
         self.rates, self.momentum, self.weight_decay = rates, momentum, weight_decay
         self.coefficients = coefficients(rates, momentum, weight_decay)
         self.support = support
-        self.ones = weight.new_ones(())
-        self.shared_z = self._shared(support)  # [T, S, out]
-        self.gram = self._gram(support)  # [T, S, S]
+        self.shared_z: Tensor | None = self._shared(support)  # [T, S, out]
+        self.gram: Tensor | None = self._gram(support)  # [T, S, S]
         self.history: Tensor | None = None  # H: [T, S, out]
         self.velocity: Tensor | None = None
 
     def forward(self, x: Tensor, k: int) -> Tensor:
+        assert self.shared_z is not None
+        assert self.gram is not None
         if self.history is None:
             return self.shared_z.clone()
         return torch.baddbmm(self.shared_z, self.gram, self.history, beta=self.coefficients.shared[k], alpha=-1.0)
@@ -254,6 +265,9 @@ class DualFirstLayer(SharedLayer):
             self.velocity.sub_(self.history, alpha=self.weight_decay)
         self.history.add_(self.velocity, alpha=rate)
 
+    def finish(self) -> None:
+        self.shared_z = self.gram = self.velocity = None
+
     def query(self, x: Tensor) -> Tensor:
         z = self._shared(x, self.coefficients.shared[-1])
         assert self.history is not None
@@ -272,7 +286,8 @@ class DualFirstLayer(SharedLayer):
 
     def _gram(self, x: Tensor) -> Tensor:
         """X X_supportᵀ, + 1 for the bias; [T, S or Q, S]."""
-        return torch.bmm(x, self.support.mT) if self.bias is None else torch.baddbmm(self.ones, x, self.support.mT)
+        gram = torch.bmm(x, self.support.mT)
+        return gram if self.bias is None else gram.add_(1.0)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
