@@ -1,7 +1,7 @@
 """Times one meta-step of each workload, ours and every peer's in turn, after all agree on the gradient.
 
 pytest-benchmark times ours; its set-up of each round runs and times the others, so that rounds are interleaved. In each
-turn a step runs twice, and the second is timed.
+turn a step runs for a while untimed, as it would in its own training loop, and then once timed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .peers import PEERS, disagreement, ours
 from .workloads import TIMED, WORKLOADS
 
 SECONDS = 40.0  # for the rounds of a workload
+WARM_UP = 0.02  # of each contender in its turn, at least one step
 PATIENCE = 5.0  # a peer whose step takes longer runs once
 TOLERANCE = 1e-4  # float32 gradients of different orders of summation; what differs more is not the same step
 
@@ -46,13 +47,14 @@ def test_meta_step(name: str, benchmark: Any) -> None:
         took = time.perf_counter() - start
         times[name_of] = [took if took > PATIENCE and "compile" not in name_of else seconds(other)]
     patient = [name_of for name_of in others if times[name_of][0] < PATIENCE]
-    a_round = 2 * (seconds(step) + sum(times[name_of].pop() for name_of in patient))
+    steps = [seconds(step), *(times[name_of].pop() for name_of in patient)]
+    a_round = sum(max(WARM_UP, t) + t for t in steps)
 
     def run_others() -> None:
         for name_of in patient:
-            others[name_of]()  # warms up in its turn, as it would be in its own training loop
+            warm_up(others[name_of])
             times[name_of].append(seconds(others[name_of]))
-        step()
+        warm_up(step)
 
     benchmark.group = name
     benchmark.extra_info.update(
@@ -61,6 +63,13 @@ def test_meta_step(name: str, benchmark: Any) -> None:
         **environment(),
     )
     benchmark.pedantic(step, setup=run_others, rounds=max(5, min(200, int(SECONDS / a_round))))
+
+
+def warm_up(step: Callable[[], object]) -> None:
+    end = time.perf_counter() + WARM_UP
+    step()
+    while time.perf_counter() < end:
+        step()
 
 
 def seconds(step: Callable[[], object]) -> float:

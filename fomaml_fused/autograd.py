@@ -105,7 +105,7 @@ class _MetaLoss(torch.autograd.Function):
         ctx.dtypes = [t.dtype if t is not None else None for t in (query_x, *parameters)]
         ctx.inputs = (query_x, *parameters)
         ctx.save_for_backward(_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:]))
-        per_task = torch.cat(losses) if losses else query_x.new_empty(0, dtype=dtype)
+        per_task = _joined(losses) if losses else query_x.new_empty(0, dtype=dtype)
         return _reduce(per_task, query, reduction).to(query_x.dtype)
 
     @staticmethod
@@ -115,7 +115,7 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
         return [
-            None if g is None else (g * cotangent).to(dtype)
+            None if g is None else g * cotangent if g.dtype == dtype else (g * cotangent).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
 
@@ -210,7 +210,7 @@ def _chunk_step(
     losses = loss.values(trace.outputs)
     if not any(needed):
         return losses, None, [None] * len(parameters)
-    d = loss.gradient(trace.outputs).mul_(share if isinstance(share, float) else share[:, None, None])
+    d = loss.gradient(trace.outputs, share if isinstance(share, float) else share[:, None, None])
     dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0])
     return losses, dx, gradients
 
@@ -218,15 +218,9 @@ def _chunk_step(
 @lru_cache(maxsize=64)
 def _compiled_chunk_step(plan: Plan, needed: tuple[bool, ...]) -> Callable[..., Any]:
     """`_chunk_step` of a plan through `torch.compile`: one graph, static shapes."""
-    step = torch.compile(partial(_chunk_step, plan, needed), fullgraph=True, dynamic=False)
-
-    def run(*arguments: Any) -> Any:
-        with warnings.catch_warnings():
-            # Dynamo tells that it traces through functions with a cache, which is what they are there for.
-            warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache")
-            return step(*arguments)
-
-    return run
+    # Dynamo tells that it traces through functions with a cache, which is what they are there for.
+    warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
+    return torch.compile(partial(_chunk_step, plan, needed), fullgraph=True, dynamic=False)
 
 
 def _outputs(tasks: AdaptedTasks, chunk: int, x: Tensor) -> tuple[None, batched.Trace]:
@@ -246,7 +240,7 @@ def _reverse(
 
 def _adapt(plan: Plan, parameters: FlatParameters, support: Support) -> batched.Adapted:
     dtype = compute_dtype(support.x.dtype)
-    own = [None if p is None else p.detach().to(dtype) for p in parameters]
+    own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
     pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
     weight = None if support.weight is None else support.weight.to(dtype)
     return batched.adapt(plan.problem, plan.forms, pairs, support.x.to(dtype), _cast(support.y, dtype), weight)
@@ -272,7 +266,11 @@ def _add(total: Gradients, gradients: Gradients) -> None:
 def _whole(chunks: Sequence[Tensor | None], x: Tensor, needed: bool) -> Tensor | None:
     """The gradient of all query features from those of the chunks."""
     found = [chunk for chunk in chunks if chunk is not None]
-    return torch.cat(found) if found else torch.zeros_like(x) if needed else None
+    return _joined(found) if found else torch.zeros_like(x) if needed else None
+
+
+def _joined(chunks: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]
 
 
 def _zeros_for_none(gradients: Gradients, parameters: FlatParameters, needed: Sequence[bool]) -> Gradients:

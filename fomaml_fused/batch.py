@@ -36,6 +36,8 @@ class Support:
 
     def tasks(self, which: slice) -> Support:
         """Some of the tasks, as views."""
+        if which == slice(0, self.x.shape[0]):
+            return self
         return Support(self.x[which], self.y[which], None if self.weight is None else self.weight[which])
 
     def clone(self) -> Support:
@@ -54,6 +56,8 @@ class Query:
 
     def tasks(self, which: slice) -> Query:
         """Some of the tasks, as views."""
+        if which == slice(0, self.x.shape[0]):
+            return self
         weight, task_weight = (None if w is None else w[which] for w in (self.weight, self.task_weight))
         return Query(self.x[which], self.y[which], weight, task_weight)
 

@@ -67,7 +67,7 @@ def adapt(
             inputs.append(h)
             h, kept = activation.run(layer.forward(h, k))
             saved.append(kept)
-        d = loss.gradient(h)
+        d = loss.gradient(h, 1.0)
         for i in range(len(moving) - 1, -1, -1):
             d = active[i].backward(d, saved[i])
             dx = moving[i].backward(d, k) if i > 0 else None

@@ -18,11 +18,12 @@ class TaskLoss:
     """A loss against fixed targets, ready to be evaluated at every inner step.
 
     Attributes:
-        gradient: outputs [T, N, out] -> the gradient of each task's loss, [T, N, out]; outputs stay as they are.
+        gradient: (outputs [T, N, out], cotangents, a number or [T, 1, 1]) -> the gradient of each task's loss times its
+            cotangent, [T, N, out]; outputs stay as they are.
         values: outputs [T, N, out] -> the loss of each task, [T]; differentiable by autograd.
     """
 
-    gradient: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, float | Tensor], Tensor]
     values: Callable[[Tensor], Tensor]
 
 
@@ -41,11 +42,11 @@ def task_loss(loss: Loss, targets: Tensor, weight: Tensor | None, out_features: 
     samples = targets.shape[1]
     averaged = samples if loss.takes_classes else samples * out_features
     # dL/dz = scale * residual(z): a number when all samples count alike, else a factor per sample [T, N, 1].
-    scale: float | Tensor = 1.0 / max(averaged, 1)
+    scale: float | Tensor = (2.0 if loss.name == "mse" else 1.0) / max(averaged, 1)
     if weight is not None:
-        scale = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1) * (samples / max(averaged, 1))
+        scale = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1) * (samples * scale)
     residual = _residual(loss, targets, out_features, dtype)
-    return TaskLoss(lambda outputs: residual(outputs).mul_(scale), values)
+    return TaskLoss(lambda outputs, cotangents: residual(outputs).mul_(scale * cotangents), values)
 
 
 def sample_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype
     """Outputs -> out_features * d(sample loss)/d(outputs), or without the factor where classes are taken."""
     match loss.name:
         case "mse":
-            return lambda z: torch.sub(z, targets).mul_(2.0)
+            return lambda z: torch.sub(z, targets)
         case "l1":
             return lambda z: torch.sub(z, targets).sign_()
         case "huber":
@@ -101,8 +102,8 @@ def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype
     raise AssertionError(f"no gradient for loss {loss}")
 
 
-def _autograd_gradient(values: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+def _autograd_gradient(values: Callable[[Tensor], Tensor], outputs: Tensor, cotangents: float | Tensor) -> Tensor:
     with torch.enable_grad():
         point = outputs.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(values(point).sum(), point)
-    return gradient.clone()
+    return gradient * cotangents
