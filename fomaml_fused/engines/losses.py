@@ -82,7 +82,7 @@ def _task_values(loss: Loss, targets: Tensor, weight: Tensor | None, outputs: Te
 
 
 def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Outputs -> out_features * d(sample loss)/d(outputs), or without the factor where classes are taken."""
+    """Outputs -> d(sample loss)/d(outputs), but for the constant factor that `task_loss` puts into its scale."""
     match loss.name:
         case "mse":
             return lambda z: torch.sub(z, targets)
