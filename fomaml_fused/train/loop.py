@@ -34,6 +34,7 @@ class Outer:
         loss: takes no argument, draws a batch of tasks and gives its meta-loss.
         generators: the random generators that `loss` draws from.
         config: the options that a resumed run has to share.
+        validate: the error of the model as it stands on tasks of its own; None for no choice among iterations.
         anneal: let the outer learning rate fall to zero along a half cosine; else it stays.
         curve: mean loss of each `WINDOW` iterations, filled while training.
     """
@@ -43,13 +44,15 @@ class Outer:
     optimizer: torch.optim.Optimizer
     generators: list[torch.Generator]
     config: dict[str, Any]
+    validate: Callable[[], float] | None = None
     anneal: bool = False
     iteration: int = 0
     curve: list[float] = field(default_factory=list)
     pending: list[float] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=lambda: {"error": math.inf, "iteration": 0, "model": None})
 
     def run(self, iterations: int, checkpoint: Path | None, title: str = "meta-training") -> None:
-        """Train up to `iterations` iterations in all.
+        """Train up to `iterations` iterations in all, then load the best model on the way.
 
         Raises:
             InterruptedRunError: SIGINT or SIGTERM came; the iteration in hand was finished and saved.
@@ -68,17 +71,28 @@ class Outer:
                 bar.update()
                 if not self.pending:
                     bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
+                if self.iteration % CHECKPOINT_EVERY == 0 or self.iteration == iterations:
+                    self._keep_if_best()
                 if checkpoint is not None and (asked() or self.iteration % CHECKPOINT_EVERY == 0):
                     self.save(checkpoint)
                 if asked():
                     raise InterruptedRunError
         if checkpoint is not None:
             self.save(checkpoint)
+        if self.best["model"] is not None:
+            self.model.load_state_dict(self.best["model"])
 
     def _set_rate(self, factor: float) -> None:
         """A function of the iteration alone, so that a resumed run needs no state for it."""
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.optimizer.defaults["lr"]
+
+    def _keep_if_best(self) -> None:
+        """Remember the model whose validation error is the lowest so far; the last one where there is no validation."""
+        error = self.validate() if self.validate is not None else -self.iteration
+        if error < self.best["error"]:
+            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"error": error, "iteration": self.iteration, "model": weights}
 
     def _step(self) -> None:
         loss = self.loss()
@@ -103,6 +117,7 @@ class Outer:
                 "generators": [generator.get_state() for generator in self.generators],
                 "curve": self.curve,
                 "pending": self.pending,
+                "best": self.best,
             },
         )
 
@@ -125,6 +140,7 @@ class Outer:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.iteration, self.curve, self.pending = state["iteration"], state["curve"], state["pending"]
+        self.best = state["best"]
 
 
 def require_demo_packages() -> None:
