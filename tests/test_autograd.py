@@ -200,3 +200,12 @@ def test_changing_outputs_in_place_changes_no_gradient() -> None:
     expected = torch.autograd.grad((outputs() * 2).square().sum(), inputs)
     for a, b in zip(torch.autograd.grad(outputs().mul_(2).square().sum(), inputs), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_backward_leaves_its_cotangent_as_it_was() -> None:
+    meta, batch = setup(replace(CASE, last_activation="tanh"))
+    outputs = meta.predict(batch["support_x"], batch["support_y"], batch["query_x"])
+    cotangent = torch.randn_like(outputs)
+    before = cotangent.clone()
+    torch.autograd.grad(outputs, list(meta.parameters()), cotangent)
+    assert torch.equal(cotangent, before)
