@@ -66,7 +66,7 @@ class AdaptedMLP:
                         collected[name].append(value.to(dtype))
         shapes = {name: parameter.shape for name, parameter in self._model.named_parameters()}
         return {
-            name: torch.cat(values) if values else torch.empty(0, *shapes[name], dtype=dtype)
+            name: torch.cat(values) if values else self._like.new_empty(0, *shapes[name])
             for name, values in collected.items()
         }
 

@@ -206,7 +206,7 @@ def _chunk_step(
     trace = batched.query(adapted, query.x.to(dtype))
     weight = None if query.weight is None else query.weight.to(dtype)
     out_features = plan.problem.network.out_features
-    loss = task_loss(plan.problem.outer_loss, _cast(query.y, dtype), weight, out_features, dtype)
+    loss = task_loss(plan.problem.outer_loss, cast_targets(query.y, dtype), weight, out_features, dtype)
     losses = loss.values(trace.outputs)
     if not any(needed):
         return losses, None, [None] * len(parameters)
@@ -243,7 +243,7 @@ def _adapt(plan: Plan, parameters: FlatParameters, support: Support) -> batched.
     own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
     pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
     weight = None if support.weight is None else support.weight.to(dtype)
-    return batched.adapt(plan.problem, plan.forms, pairs, support.x.to(dtype), _cast(support.y, dtype), weight)
+    return batched.adapt(plan.problem, plan.forms, pairs, support.x.to(dtype), cast_targets(support.y, dtype), weight)
 
 
 def _slices(plan: Plan) -> Iterator[slice]:
@@ -296,7 +296,8 @@ def _reduce(per_task: Tensor, query: Query, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / query.task_weight.sum()
 
 
-def _cast(y: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_targets(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Targets in the dtype of the outputs they are compared with; class indices stay what they are."""
     return y.to(dtype) if y.is_floating_point() else y
 
 

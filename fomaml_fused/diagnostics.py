@@ -48,7 +48,7 @@ def first_order_gap(
     Both come from the oracle, one task at a time: for a look at a few batches, not for a training loop. The arguments
     are those of `FOMAML.forward`; gradients accumulated on the model stay as they are.
     """
-    inner, problem = meta.problem.inner, meta.problem
+    problem = meta.problem
     model = copy.deepcopy(meta.model).requires_grad_()
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))
@@ -62,13 +62,9 @@ def first_order_gap(
             support.y,
             query.x.detach(),
             query.y,
-            lr=inner.rates if inner.steps else 0.0,
-            steps=inner.steps,
+            **problem.inner.options(),
             loss=problem.loss,
             outer_loss=problem.outer_loss,
-            momentum=inner.momentum,
-            weight_decay=inner.weight_decay,
-            adapt=[i for i, moves in enumerate(inner.adapt) if moves],
             support_weight=support.weight,
             query_weight=query.weight,
             task_weight=query.task_weight,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, FlatParameters, compute_dtype, meta_loss, predict
+from .autograd import AdaptedTasks, FlatParameters, cast_targets, compute_dtype, meta_loss, predict
 from .batch import Sizes, Support, check_query, check_query_features, check_support
 from .engines.losses import task_loss
 from .network import read_network
@@ -119,7 +119,7 @@ class FOMAML(nn.Module):
             return meta_loss(plan, support, query, reduction, self._parameters_flat(), compiled=self.compiled)
         dtype = compute_dtype(query_x.dtype)
         outputs = self._predict(plan, support, query_x).to(dtype)
-        y = query.y.to(dtype) if query.y.is_floating_point() else query.y
+        y = cast_targets(query.y, dtype)
         loss = task_loss(self.problem.outer_loss, y, query.weight, outputs.shape[2], dtype)
         return reference.reduce_tasks(loss.values(outputs), query.task_weight, reduction).to(query_x.dtype)
 
@@ -189,18 +189,13 @@ class FOMAML(nn.Module):
         return predict(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), query_x, parameters)
 
     def _reference_weights(self, support: Support) -> list[dict[str, Tensor]]:
-        inner = self.problem.inner
         return [
             reference.adapt_task(
                 self.model,
                 support.x[t],
                 support.y[t],
-                lr=inner.rates if inner.steps else 0.0,
-                steps=inner.steps,
+                **self.problem.inner.options(),
                 loss=self.problem.loss,
-                momentum=inner.momentum,
-                weight_decay=inner.weight_decay,
-                adapt=[i for i, moves in enumerate(inner.adapt) if moves],
                 weight=None if support.weight is None else support.weight[t],
             )
             for t in range(support.x.shape[0])

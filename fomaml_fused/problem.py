@@ -212,6 +212,16 @@ class InnerLoop:
             return len(self.adapt)
         return self.adapt.index(True)
 
+    def options(self) -> dict[str, Any]:
+        """The keywords that make this loop, as `FOMAML` and the functions of `reference` take them."""
+        return {
+            "lr": self.rates if self.rates else 0.0,
+            "steps": self.steps,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "adapt": [i for i, moves in enumerate(self.adapt) if moves],
+        }
+
     def layer_rates(self, layer: int) -> tuple[float, ...]:
         """The rates of one layer, [steps]."""
         return tuple(row[layer] for row in self.rates)
