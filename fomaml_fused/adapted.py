@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .autograd import AdaptedTasks, FlatParameters, predict
+from .autograd import AdaptedTasks, predict
 from .batch import check_query_features
+from .engines import FlatParameters
 from .problem import Problem
 
 
@@ -59,8 +60,8 @@ class AdaptedMLP:
             start, stop = max(tasks.start, chunk.start), min(tasks.stop, chunk.stop)
             if start >= stop:
                 continue
-            for layer, pair in zip(self._tasks.adapted(i).layers, self._names, strict=True):
-                values = layer.adapted(slice(start - chunk.start, stop - chunk.start))
+            layers = self._tasks.fast_weights(i, slice(start - chunk.start, stop - chunk.start))
+            for values, pair in zip(layers, self._names, strict=True):
                 for name, value in zip(pair, values, strict=True):
                     if name is not None and value is not None:
                         collected[name].append(value.to(dtype))

@@ -6,27 +6,19 @@ nothing per task. `predict` does not: whatever loss comes behind it, its backwar
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Query, Support
-from .engines import batched
-from .engines.losses import task_loss
+from .batch import Query, Support, compute_dtype
+from .engines import FlatParameters, Gradients, batched
 from .planner import Plan
-
-FlatParameters = Sequence[Tensor | None]  # weight, bias, weight, bias, ...
-Gradients = list[Tensor | None]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an engine works in: float32 for 16-bit parameters, else their own."""
-    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
 def meta_loss(
@@ -56,24 +48,31 @@ class AdaptedTasks:
 
     def __init__(self, plan: Plan, support: Support, parameters: FlatParameters, *, keep: bool) -> None:
         self.plan, self.support, self.parameters = plan, support, tuple(parameters)
+        self.engine = _engine(plan)
         self.slices = list(_slices(plan))
-        self.kept: list[batched.Adapted] | None = None
+        self.kept: list[Any] | None = None
         if keep:
             self.kept = [self._adapt(tasks) for tasks in self.slices]
 
-    def adapted(self, chunk: int) -> batched.Adapted:
-        """The adapted layers of the tasks `slices[chunk]`."""
+    def adapted(self, chunk: int) -> Any:
+        """The tasks `slices[chunk]`, adapted, as the engine holds them."""
         return self._adapt(self.slices[chunk]) if self.kept is None else self.kept[chunk]
 
-    def query(self, chunk: int, x: Tensor) -> tuple[batched.Adapted, batched.Trace]:
-        """A chunk's adapted layers, and its query pass on its part of the features x [T, Q, in]."""
+    def query(self, chunk: int, x: Tensor) -> tuple[Any, Any]:
+        """A chunk of adapted tasks, and its query pass on its part of the features x [T, Q, in]."""
         adapted = self.adapted(chunk)
-        return adapted, batched.query(adapted, x[self.slices[chunk]].to(compute_dtype(x.dtype)))
+        return adapted, self.engine.query_pass(adapted, x[self.slices[chunk]])
 
     @torch.no_grad()
-    def _adapt(self, tasks: slice) -> batched.Adapted:
+    def fast_weights(self, chunk: int, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
+        """Weights [t, out, in] and biases [t, out] of each layer, for some tasks of a chunk."""
+        weights: list[tuple[Tensor, Tensor | None]] = self.engine.fast_weights(self.adapted(chunk), tasks)
+        return weights
+
+    @torch.no_grad()
+    def _adapt(self, tasks: slice) -> Any:
         with _without_autocast(self.support.x):
-            return _adapt(self.plan, self.parameters, self.support.tasks(tasks))
+            return self.engine.adapt(self.plan, self.parameters, self.support.tasks(tasks))
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -91,22 +90,25 @@ class _MetaLoss(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(query_x.dtype)
         needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
-        step = _compiled_chunk_step(plan, needed) if compiled else partial(_chunk_step, plan, needed)
+        compiled = compiled and plan.engine == "batched"  # kernels are compiled already
+        step = batched.compiled_step(plan, needed) if compiled else partial(_engine(plan).step, plan, needed)
         shares = _task_shares(query, reduction, dtype)
-        losses, features = [], []
+        values, features = [], []
         outer: Gradients = [None] * len(parameters)
         with _without_autocast(query_x):
             for tasks in _slices(plan):
                 share = shares if isinstance(shares, float) else shares[tasks]
-                per_task, dx, gradients = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
-                losses.append(per_task)
+                value, dx, gradients = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
+                values.append(value)
                 features.append(dx)
                 _add(outer, gradients)
         ctx.dtypes = [t.dtype if t is not None else None for t in (query_x, *parameters)]
-        ctx.inputs = (query_x, *parameters)
+        ctx.inputs, ctx.compute_dtype = (query_x, *parameters), dtype
         ctx.save_for_backward(_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:]))
-        per_task = _joined(losses) if losses else query_x.new_empty(0, dtype=dtype)
-        return _reduce(per_task, query, reduction).to(query_x.dtype)
+        if not values:  # torch's own convention for no task
+            return query_x.new_full((), 0.0 if reduction == "sum" else math.nan)
+        total = values[0] if len(values) == 1 else torch.stack(values).sum()
+        return total.to(query_x.dtype)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
@@ -114,23 +116,31 @@ class _MetaLoss(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
+        saved = ctx.saved_tensors
+        # One launch for all of them, where there are launches.
+        scaled = iter(torch._foreach_mul([g for g in saved if g is not None], cotangent.to(ctx.compute_dtype)))
         return [
-            None if g is None else g * cotangent if g.dtype == dtype else (g * cotangent).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if g is None else next(scaled).to(dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)
         ]
 
 
 class _Predict(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tasks: AdaptedTasks, query_x: Tensor, *tensors: Tensor | None) -> Tensor:
+        outputs, traces = [], []
         with _without_autocast(query_x):
-            passes = [tasks.query(i, query_x) if tasks.kept else _outputs(tasks, i, query_x) for i in _chunks(tasks)]
-        ctx.tasks, ctx.traces, ctx.inputs = tasks, [trace for _, trace in passes], (query_x, *tensors[3:])
+            for i in _chunks(tasks):
+                _, trace = tasks.query(i, query_x)
+                outputs.append(trace.outputs)
+                # Where adapted tasks are not kept, neither is what their query pass left.
+                traces.append(trace if tasks.kept else None)
+        ctx.tasks, ctx.traces = tasks, traces
+        ctx.inputs = (query_x, *tensors[3:])
         # Saved, support set and all, so that autograd notices what changed in place between forward and backward.
         ctx.save_for_backward(query_x, *tensors)
-        if not passes:
+        if not outputs:
             return query_x.new_empty(*query_x.shape[:2], tasks.plan.problem.network.out_features)
-        return torch.cat([trace.outputs for _, trace in passes]).to(query_x.dtype)
+        return torch.cat(outputs).to(query_x.dtype)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
@@ -184,66 +194,23 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     return [None if g is None else _NoSecondDerivative.apply(g, cotangent, *ctx.inputs) for g in gradients]
 
 
-def _chunk_step(
-    plan: Plan,
-    needed: Sequence[bool],
-    parameters: FlatParameters,
-    support: Support,
-    query: Query,
-    share: float | Tensor,
-) -> tuple[Tensor, Tensor | None, Gradients]:
-    """The meta-step of a chunk of tasks.
+def _engine(plan: Plan) -> ModuleType:
+    """The module that does what a plan says."""
+    if plan.engine == "resident":
+        from .engines import fused  # imports Triton
 
-    Args:
-        needed: whether a gradient is asked for: of the query features, then of each parameter.
-        share: the cotangent of each task's loss, a number or [t].
-
-    Returns:
-        Losses [t], the gradient of the query features [t, Q, in], and the outer gradient of each parameter.
-    """
-    adapted = _adapt(plan, parameters, support)
-    dtype = compute_dtype(query.x.dtype)
-    trace = batched.query(adapted, query.x.to(dtype))
-    weight = None if query.weight is None else query.weight.to(dtype)
-    out_features = plan.problem.network.out_features
-    loss = task_loss(plan.problem.outer_loss, cast_targets(query.y, dtype), weight, out_features, dtype)
-    losses = loss.values(trace.outputs)
-    if not any(needed):
-        return losses, None, [None] * len(parameters)
-    d = loss.gradient(trace.outputs, share if isinstance(share, float) else share[:, None, None])
-    dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0])
-    return losses, dx, gradients
-
-
-@lru_cache(maxsize=64)
-def _compiled_chunk_step(plan: Plan, needed: tuple[bool, ...]) -> Callable[..., Any]:
-    """`_chunk_step` of a plan through `torch.compile`: one graph, static shapes."""
-    # Dynamo tells that it traces through functions with a cache, which is what they are there for.
-    warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
-    return torch.compile(partial(_chunk_step, plan, needed), fullgraph=True, dynamic=False)
-
-
-def _outputs(tasks: AdaptedTasks, chunk: int, x: Tensor) -> tuple[None, batched.Trace]:
-    """The outputs of a chunk, and nothing else of its query pass."""
-    _, trace = tasks.query(chunk, x)
-    return None, batched.Trace(trace.outputs, [], [])
+        return fused
+    return batched
 
 
 def _reverse(
-    tasks: AdaptedTasks, chunk: int, trace: batched.Trace, x: Tensor, cotangent: Tensor, needed: Sequence[bool]
+    tasks: AdaptedTasks, chunk: int, trace: Any, x: Tensor, cotangent: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Gradients]:
     """The query pass of a chunk in reverse, after running it again where its trace was not kept."""
-    adapted, trace = tasks.query(chunk, x) if not trace.inputs else (tasks.adapted(chunk), trace)
+    adapted, trace = tasks.query(chunk, x) if trace is None else (tasks.adapted(chunk), trace)
     d = torch.empty_like(trace.outputs).copy_(cotangent[tasks.slices[chunk]])
-    return batched.query_backward(adapted, trace, d, needed[1:], needed[0])
-
-
-def _adapt(plan: Plan, parameters: FlatParameters, support: Support) -> batched.Adapted:
-    dtype = compute_dtype(support.x.dtype)
-    own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
-    pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
-    weight = None if support.weight is None else support.weight.to(dtype)
-    return batched.adapt(plan.problem, plan.forms, pairs, support.x.to(dtype), cast_targets(support.y, dtype), weight)
+    found: tuple[Tensor | None, Gradients] = tasks.engine.query_backward(adapted, trace, d, needed[1:], needed[0])
+    return found
 
 
 def _slices(plan: Plan) -> Iterator[slice]:
@@ -287,18 +254,6 @@ def _task_shares(query: Query, reduction: str, dtype: torch.dtype) -> float | Te
         return 1.0 if reduction == "sum" else 1.0 / max(query.x.shape[0], 1)
     weight = query.task_weight.to(dtype)
     return weight if reduction == "sum" else weight / weight.sum()
-
-
-def _reduce(per_task: Tensor, query: Query, reduction: str) -> Tensor:
-    if query.task_weight is None:
-        return per_task.sum() if reduction == "sum" else per_task.mean()
-    total = (query.task_weight * per_task).sum()
-    return total if reduction == "sum" else total / query.task_weight.sum()
-
-
-def cast_targets(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Targets in the dtype of the outputs they are compared with; class indices stay what they are."""
-    return y.to(dtype) if y.is_floating_point() else y
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager[None]:

@@ -62,6 +62,16 @@ class Query:
         return Query(self.x[which], self.y[which], weight, task_weight)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an engine works in: float32 for 16-bit parameters, else their own."""
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
+
+
+def cast_targets(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Targets in the dtype of the outputs they are compared with; class indices stay what they are."""
+    return y.to(dtype) if y.is_floating_point() else y
+
+
 def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Support:
     """The support sets of a batch, or the error that says what is wrong with them.
 

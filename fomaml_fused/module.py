@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, FlatParameters, cast_targets, compute_dtype, meta_loss, predict
-from .batch import Sizes, Support, check_query, check_query_features, check_support
+from .autograd import AdaptedTasks, meta_loss, predict
+from .batch import Sizes, Support, cast_targets, check_query, check_query_features, check_support, compute_dtype
+from .engines import FlatParameters
 from .engines.losses import task_loss
 from .network import read_network
-from .planner import BACKENDS, Plan, make_plan
+from .planner import BACKENDS, PRECISIONS, Plan, make_plan
 from .problem import InnerLoop, Loss, Problem, SampleLoss, adapted_layers, inner_rates
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -37,9 +38,14 @@ class FOMAML(nn.Module):
         outer_loss: the loss on the query set; None for the same.
         momentum, weight_decay: of the inner loop, as in `torch.optim.SGD`.
         adapt: the layers that move: "all", "head" (the last), "body" (all others) or indices.
-        backend: "auto", "torch" (batched torch ops), or "reference" (autograd, one task at a time).
-        compile: run the meta-step through `torch.compile`: the first call of each size waits for the compiler, later
-            ones have less to launch. `predict` and `adapt` are never compiled.
+        backend: "auto", "triton" (fused kernels), "torch" (batched torch ops), or "reference" (autograd, one task at a
+            time).
+        precision: of products in fused kernels: "ieee", "tf32x3", "tf32", "bf16" or "fp16" operands, or torch's names
+            "highest" ("tf32x3", on AMD "ieee"), "high" ("tf32") and "medium" ("bf16"). None for that of an enabled
+            autocast, else `torch.get_float32_matmul_precision()`. Sums are float32 always; batched torch ops follow
+            torch's own setting.
+        compile: run batched torch ops through `torch.compile`: the first call of each size waits for the compiler, later
+            ones have less to launch. `predict` and `adapt` are never compiled, and fused kernels need none of it.
 
     Raises:
         TypeError, ValueError: an argument is not taken; the message names it.
@@ -57,6 +63,7 @@ class FOMAML(nn.Module):
         weight_decay: float = 0.0,
         adapt: str | Iterable[int] = "all",
         backend: str = "auto",
+        precision: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -71,9 +78,11 @@ class FOMAML(nn.Module):
         outer = inner_loss if outer_loss is None else Loss.of(outer_loss, "outer_loss")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it takes None or one of {', '.join(PRECISIONS)}")
         self.model = model
         self.problem = Problem(network, inner, inner_loss, outer)
-        self.backend, self.compiled = backend, compile
+        self.backend, self.precision, self.compiled = backend, precision, compile
         self._linears, self._read = linears, list(model.modules())
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
@@ -115,7 +124,7 @@ class FOMAML(nn.Module):
         # parameters included, goes through predict.
         asks = any(t is not None and t.requires_grad for t in (query.y, query.weight, query.task_weight))
         asks = asks or (self.problem.outer_loss.name == "callable" and torch.is_grad_enabled())
-        if plan.engine == "batched" and reduction != "none" and not asks:
+        if plan.engine != "reference" and reduction != "none" and not asks:
             return meta_loss(plan, support, query, reduction, self._parameters_flat(), compiled=self.compiled)
         dtype = compute_dtype(query_x.dtype)
         outputs = self._predict(plan, support, query_x).to(dtype)
@@ -166,7 +175,7 @@ class FOMAML(nn.Module):
             self._like.dtype if dtype is None else dtype,
             self._like.device if device is None else torch.device(device),
         )
-        return make_plan(self.problem, sizes, self.backend)
+        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
 
     def extra_repr(self) -> str:
         return f"{self.problem}, backend={self.backend!r}"
@@ -180,7 +189,15 @@ class FOMAML(nn.Module):
 
     def _plan(self, support: Support, queries: int) -> Plan:
         tasks, shots, _ = support.x.shape
-        return make_plan(self.problem, Sizes(tasks, shots, queries, support.x.dtype, support.x.device), self.backend)
+        sizes = Sizes(tasks, shots, queries, support.x.dtype, support.x.device)
+        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
+
+    def _precision(self, device: torch.device) -> str:
+        if self.precision is not None:
+            return self.precision
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(torch.get_autocast_dtype(device.type), "highest")
+        return torch.get_float32_matmul_precision()
 
     def _predict(self, plan: Plan, support: Support, query_x: Tensor) -> Tensor:
         if plan.engine == "reference":

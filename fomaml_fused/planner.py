@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from .batch import Sizes
-from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
+from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, resident_seconds, state_bytes
 from .problem import Problem
 from .text import scaled, table
 
-BACKENDS = ("auto", "torch", "reference")
+if TYPE_CHECKING:
+    from .kernels.configuration import Config
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+# How a kernel multiplies: torch's names for float32 products, or the operands themselves.
+PRECISIONS = ("highest", "high", "medium", "ieee", "tf32x3", "tf32", "bf16", "fp16")
 FORMS = ("primal", "dual")
 # Scratch a chunk of tasks may take. Small enough for any machine that trains, far above what a chunk needs to be fast.
 MEMORY_BOUND = 1 << 30
@@ -48,7 +56,7 @@ class Plan:
     """A decision of the planner, and what it was made from. `print(plan)` explains it.
 
     Attributes:
-        engine: "batched" or "reference".
+        engine: "resident", "batched" or "reference".
         layers: the form of each layer.
         chunk: tasks that run at a time.
         keeps_state: whether `predict` keeps all tasks' adapted layers for its backward; else it adapts again.
@@ -56,6 +64,8 @@ class Plan:
         naive_memory: bytes of fast weights and gradients of every task, which the per-task formula would hold.
         reason: why this engine runs.
         memory_bound: bytes that the chunk was chosen to stay under.
+        precision: of the operands of a kernel's products, "ieee", "tf32x3", "tf32", "bf16" or "fp16".
+        config: a kernel's warps and tiles.
     """
 
     problem: Problem
@@ -68,6 +78,8 @@ class Plan:
     naive_memory: float
     reason: str
     memory_bound: int = MEMORY_BOUND
+    precision: str | None = None
+    config: Config | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -89,6 +101,8 @@ class Plan:
         ]
         if self.engine == "reference":
             return "\n".join(lines)
+        if self.engine == "resident":
+            return "\n".join([*lines, "", *self._alternatives()])
         rows = [("layer", "form", "flops", "bytes", "time", "instead")]
         for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):
             estimate = plan.estimate
@@ -96,20 +110,20 @@ class Plan:
             name = f"{i}: {layer.in_features} -> {layer.out_features}"
             rows.append((name, plan.form, *_row(estimate), ", ".join(others) or "- (does not move)"))
         rows.append(("all", "", *_row(self.estimate), ""))
-        lines += ["", *table(rows), ""]
+        return "\n".join([*lines, "", *table(rows), "", *self._alternatives()])
+
+    def _alternatives(self) -> list[str]:
+        """A table of this plan beside others."""
         plans = [("chosen", self)]
         for form in FORMS:
-            other = _make_plan(
-                problem, sizes, "torch", Override((form,) * problem.network.depth, None, self.memory_bound)
-            )
+            told = Override((form,) * self.problem.network.depth, None, self.memory_bound)
+            other = _batched(self.problem, self.sizes, told, "")
             if other.forms != self.forms:
                 plans.append((f"all {form}", other))
         rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
         rows += [(name, str(p.chunk), *_row(p.estimate), scaled(p.memory, "B")) for name, p in plans]
         rows.append(("per task, by the formula", "1", "", "", "", scaled(self.naive_memory, "B")))
-        lines += [*table(rows), ""]
-        lines.append("times are the cost model's, for comparison; they are not measurements")
-        return "\n".join(lines)
+        return [*table(rows), "", "times are the cost model's, for comparison; they are not measurements"]
 
     __str__ = explain
 
@@ -154,22 +168,28 @@ def override(
         _override.reset(token)
 
 
-def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto") -> Plan:
+def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: str = "highest") -> Plan:
     """Plan a batch of tasks. Deterministic: the same arguments and overrides give the same plan.
 
     Args:
-        backend: "auto", "torch" or "reference".
+        backend: one of `BACKENDS`.  precision: one of `PRECISIONS`, of a kernel's products.
 
     Raises:
-        ValueError: an unknown backend, or not one overriding form a layer.
+        ValueError: an unknown backend or precision, or not one overriding form a layer.
+        RuntimeError: backend "triton" where Triton cannot run on the device.
+
+    Warns:
+        UserWarning: backend "triton" where no kernel takes the problem; the plan says why, and what runs instead.
     """
-    return _make_plan(problem, sizes, backend, _override.get())
+    return _make_plan(problem, sizes, backend, precision, _override.get())
 
 
 @lru_cache(maxsize=256)
-def _make_plan(problem: Problem, sizes: Sizes, backend: str, told: Override) -> Plan:
+def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, told: Override) -> Plan:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it takes one of {', '.join(PRECISIONS)}")
     depth = problem.network.depth
     if told.forms is not None and len(told.forms) != depth:
         raise ValueError(f"forms is {told.forms}; it takes 'primal' or 'dual' for each of the {depth} layers")
@@ -179,15 +199,114 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, told: Override) -> 
         return Plan(
             problem, sizes, "reference", layers, 1, True, naive, naive, "autograd, one task at a time, as asked for"
         )
+    if backend == "torch":
+        return _batched(problem, sizes, told, "batched torch ops, as asked for")
+    if backend == "auto" and sizes.device.type == "cpu":
+        return _batched(problem, sizes, told, "batched torch ops, the fastest on a CPU")
+    obstacle = _triton_obstacle(sizes.device)
+    if obstacle is not None and backend == "triton":
+        raise RuntimeError(
+            f"backend 'triton' cannot run on {sizes.device} tensors: {obstacle}. Move model and data to a GPU that Triton "
+            "supports, set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow, for tests), or take "
+            "backend 'torch' or 'auto'"
+        )
+    obstacle = obstacle or _kernel_obstacle(problem, sizes, told)
+    resident = obstacle or _resident(problem, sizes, told, precision)
+    if isinstance(resident, str):
+        if backend == "triton":
+            warnings.warn(f"backend 'triton' runs the batched engine instead: {resident}", stacklevel=4)
+        return _batched(problem, sizes, told, f"batched torch ops, for the resident kernel cannot run: {resident}")
+    batched = _batched(problem, sizes, told, "batched torch ops, by the cost model ahead of the resident kernel")
+    if backend == "auto" and batched.estimate.seconds < resident.estimate.seconds:
+        return batched
+    return resident
 
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on tensors of a device; None where it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from .engines import fused
+
+    return fused.obstacle(device)
+
+
+def _kernel_obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
+    """Why no kernel takes a problem, whatever its size."""
+    if told.forms is not None:
+        return "the overriding forms are those of batched torch ops"
+    if sizes.dtype == torch.float64:
+        return "kernels compute in float32, the model is float64"
+    for name, loss in (("loss", problem.loss), ("outer_loss", problem.outer_loss)):
+        if loss.name == "callable":
+            return f"{name} is a callable, which a kernel cannot call"
+    return None
+
+
+def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) -> Plan | str:
+    """The plan of the resident kernel, or why the problem does not fit it."""
+    from .engines import fused
+    from .kernels.configuration import configuration
+    from .kernels.resources import REGISTERS, resident_need, weight_tiles
+
+    backend, architecture = fused.target()
+    operands = {"highest": "ieee" if backend == "hip" else "tf32x3", "high": "tf32", "medium": "bf16"}
+    precision = operands.get(precision, precision)
+    if backend == "hip" and precision == "tf32x3":
+        return "precision 'tf32x3' needs NVIDIA's matrix units; AMD's take 'ieee'"
+    layers, network = problem.network.layers, problem.network
+    device = f"{backend}-{architecture}"
+    largest = max(weight_tiles(network.widths), default=0)
+    config = configuration(device, "resident", largest)
+    if config is None:
+        return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
+    spec = fused.spec_of(problem, sizes.shots, sizes.queries, precision, config)
+    need, shared = resident_need(spec, config), fused.shared_memory(sizes.device)
+    if need.registers > REGISTERS:
+        return f"it needs about {need.registers} registers a thread for this network, and a thread has {REGISTERS}"
+    if need.shared > shared:
+        return f"it needs about {need.shared:,} bytes of shared memory, and a program has {shared:,}"
+    itemsize = torch.float32.itemsize
+    chunk = max(1, min(sizes.tasks, told.memory_bound // (itemsize * spec.parameters)))
+    if told.chunk is not None:
+        chunk = told.chunk
+    rows = sizes.tasks * (problem.inner.steps * sizes.shots + sizes.queries)
+    flops = 6.0 * rows * network.parameters
+    traffic = itemsize * (sizes.tasks * (sizes.shots + sizes.queries) * (network.in_features + network.out_features))
+    tiles = problem.inner.steps * -(-sizes.shots // config.samples) + -(-sizes.queries // config.samples)
+    seconds = resident_seconds(sizes.tasks, tiles * network.depth, flops, GPU)
+    whole = Estimate(seconds, flops, float(traffic + 2 * itemsize * network.parameters))
+    share = Estimate(*(getattr(whole, name) / network.depth for name in ("seconds", "flops", "bytes")))
+    state = float(chunk * spec.parameters * itemsize)
+    return Plan(
+        problem=problem,
+        sizes=sizes,
+        engine="resident",
+        layers=tuple(LayerPlan("resident", (("resident", share),)) for _ in layers),
+        chunk=chunk,
+        keeps_state=chunk >= sizes.tasks,
+        memory=state,
+        naive_memory=float(2 * sizes.tasks * network.parameters * itemsize),
+        reason=f"one program a task, {config.warps} warps, tiles of {config.samples} samples, products in {precision}; "
+        f"about {need.registers} registers a thread, {need.shared:,} bytes of shared memory",
+        memory_bound=told.memory_bound,
+        precision=precision,
+        config=config,
+    )
+
+
+def _batched(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Plan:
+    """The fastest plan of batched torch ops, by the cost model, that stays within the bound on memory."""
     device = CPU if sizes.device.type == "cpu" else GPU
     candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
-    plans = [_plan_chunk(problem, sizes, device, told, chunk) for chunk in candidates]
+    plans = [_plan_chunk(problem, sizes, device, told, chunk, reason) for chunk in candidates]
     within = [plan for plan in plans if plan.memory <= told.memory_bound] or plans[-1:]
     return min(within, key=lambda plan: plan.estimate.seconds)
 
 
-def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int) -> Plan:
+def _plan_chunk(
+    problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str
+) -> Plan:
     """The cheapest forms for a given number of tasks at a time."""
     inner, layers = problem.inner, problem.network.layers
     itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)
@@ -222,7 +341,7 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
         keeps_state=(state + held) * times <= told.memory_bound,
         memory=held,
         naive_memory=float(2 * sizes.tasks * problem.network.parameters * itemsize),
-        reason="batched torch ops, which run on any device; this version has no other engine than the reference",
+        reason=reason,
         memory_bound=told.memory_bound,
     )
 

@@ -100,12 +100,17 @@ class Network:
         return self.layers[-1].out_features
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Features from the input to the output, [layers + 1]."""
+        return (self.in_features, *(layer.out_features for layer in self.layers))
+
+    @property
     def parameters(self) -> int:
         """Number of scalar parameters."""
         return sum(layer.parameters for layer in self.layers)
 
     def __str__(self) -> str:
-        widths = "-".join(str(w) for w in (self.in_features, *(layer.out_features for layer in self.layers)))
+        widths = "-".join(map(str, self.widths))
         activations = [str(layer.activation) for layer in self.layers]
         hidden, last = dict.fromkeys(activations[:-1]), activations[-1]
         return " ".join([widths, *hidden, *([f"-> {last}"] if last != "identity" else [])])

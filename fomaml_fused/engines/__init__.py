@@ -1,1 +1,42 @@
-"""Engines: each does what a plan says; none decides anything."""
+"""Engines do what a plan says and decide nothing.
+
+Each is a module with the same five functions: `step`, the meta-step of a chunk of tasks; `adapt`, which gives the adapted
+tasks as the engine holds them; `query_pass` and `query_backward` on those; and `fast_weights`, which materialises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from ..problem import Problem
+
+if TYPE_CHECKING:
+    from ..kernels.configuration import Config
+
+FlatParameters = Sequence[Tensor | None]  # weight, bias, weight, bias, ...
+Gradients = list[Tensor | None]
+
+
+class Planned(Protocol):
+    """What engines read of a plan."""
+
+    @property
+    def problem(self) -> Problem: ...
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form of each layer: "shared", "primal" or "dual"."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def precision(self) -> str | None:
+        """Of the operands of a kernel's products; None without a kernel."""
+
+    @property
+    def config(self) -> Config | None:
+        """A kernel's warps and tiles; None without a kernel."""

@@ -6,17 +6,21 @@ query pass, and the outer gradient of a layer is one product contracted over tas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..batch import Query, Support, cast_targets, compute_dtype
 from ..problem import Activation, Problem
+from . import FlatParameters, Gradients, Planned
 from .activations import activation_ops
 from .forms import DualFirstLayer, DualLayer, PrimalLayer, SharedLayer
 from .losses import task_loss
-
-Parameters = Sequence[tuple[Tensor, Tensor | None]]  # weight [out, in] and bias [out] of each layer
 
 
 @dataclass
@@ -36,15 +40,63 @@ class Trace:
     saved: list[Tensor]
 
 
-def adapt(
-    problem: Problem, forms: Sequence[str], parameters: Parameters, x: Tensor, y: Tensor, weight: Tensor | None = None
-) -> Adapted:
-    """Run the inner steps of a chunk of tasks.
+def step(
+    plan: Planned,
+    needed: Sequence[bool],
+    parameters: FlatParameters,
+    support: Support,
+    query: Query,
+    share: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """The meta-step of a chunk of tasks.
 
     Args:
-        forms: "shared", "primal" or "dual" for each layer.
-        x: support features [T, S, in].  y: [T, S] or [T, S, out].  weight: [T, S] or None.
+        needed: whether a gradient is asked for: of the query features, then of each parameter.
+        share: the cotangent of each task's loss, a number or [t].
+
+    Returns:
+        The tasks' losses times their shares, summed; the gradient of the query features [t, Q, in]; the outer gradient of
+        each parameter.
     """
+    adapted = adapt(plan, parameters, support)
+    dtype = compute_dtype(query.x.dtype)
+    trace = query_pass(adapted, query.x.to(dtype))
+    weight = None if query.weight is None else query.weight.to(dtype)
+    out_features = plan.problem.network.out_features
+    loss = task_loss(plan.problem.outer_loss, cast_targets(query.y, dtype), weight, out_features, dtype)
+    value = (loss.values(trace.outputs) * share).sum()
+    if not any(needed):
+        return value, None, [None] * len(parameters)
+    d = loss.gradient(trace.outputs, share if isinstance(share, float) else share[:, None, None])
+    dx, gradients = query_backward(adapted, trace, d, needed[1:], needed[0])
+    return value, dx, gradients
+
+
+@lru_cache(maxsize=64)
+def compiled_step(plan: Planned, needed: tuple[bool, ...]) -> Callable[..., Any]:
+    """`step` of a plan through `torch.compile`: one graph, static shapes."""
+    # Dynamo tells that it traces through functions with a cache, which is what they are there for.
+    warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
+    return torch.compile(partial(step, plan, needed), fullgraph=True, dynamic=False)
+
+
+def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
+    """The layers of a chunk of tasks after the inner steps."""
+    dtype = compute_dtype(support.x.dtype)
+    own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
+    pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
+    weight = None if support.weight is None else support.weight.to(dtype)
+    return _inner_loop(plan.problem, plan.forms, pairs, support.x.to(dtype), cast_targets(support.y, dtype), weight)
+
+
+def _inner_loop(
+    problem: Problem,
+    forms: Sequence[str],
+    parameters: Sequence[tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+) -> Adapted:
     inner = problem.inner
     kinds = [layer.activation for layer in problem.network.layers]
     activations = [activation_ops(kind) for kind in kinds]
@@ -80,8 +132,9 @@ def adapt(
     return Adapted(layers, kinds)
 
 
-def query(adapted: Adapted, x: Tensor) -> Trace:
+def query_pass(adapted: Adapted, x: Tensor) -> Trace:
     """The adapted network on query features [T, Q, in]."""
+    x = x.to(compute_dtype(x.dtype))
     inputs, saved = [], []
     for layer, activation in zip(adapted.layers, adapted.activations, strict=True):
         inputs.append(x)
@@ -115,6 +168,11 @@ def query_backward(
         if i > lowest or features:
             d = adapted.layers[i].query_backward(d)
     return (d if features else None), gradients
+
+
+def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
+    return [layer.adapted(tasks) for layer in adapted.layers]
 
 
 def _build(

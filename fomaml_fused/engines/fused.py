@@ -1,0 +1,254 @@
+"""The fused engine: launches the kernels that a plan names, on whatever device Triton's active driver serves.
+
+Imports Triton, so it is imported only where a plan asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..batch import Query, Support
+from ..kernels import outer, resident
+from ..kernels.configuration import Config
+from ..kernels.spec import Spec, bias_offset, weight_offset
+from ..problem import Loss, Problem
+from . import FlatParameters, Gradients, Planned
+
+# Columns and rows of a tile of the ordered reduction.
+REDUCTION = {"ROWS": 16, "BLOCK": 64}
+# The kernels use up to 255 registers a thread, and a multiprocessor has 65,536: room for eight warps of theirs.
+WARPS_PER_MULTIPROCESSOR = 8
+INTERPRETED_PROGRAMS = 4  # one after another anyway; few, so that programs walk over tasks as they do on a device
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device; None where they can."""
+    if interpreted():
+        return None
+    try:
+        served = triton.runtime.driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        return f"Triton finds no driver ({error})"
+    if served.type != device.type:
+        return f"Triton's active driver serves {served.type} tensors"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; TRITON_INTERPRET=1 decides when they are first imported."""
+    return isinstance(resident.meta_kernel, InterpretedFunction)
+
+
+def target() -> tuple[str, int | str]:
+    """Backend and architecture that kernels are compiled for, as ("cuda", 90); ("cpu", 0) where they are interpreted."""
+    if interpreted():
+        return "cpu", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return 1 << 30 if interpreted() else int(_properties(device)["max_shared_mem"])
+
+
+@lru_cache(maxsize=64)
+def _properties(device: torch.device) -> dict[str, int]:
+    driver = triton.runtime.driver.active
+    index = driver.get_current_device() if device.index is None else device.index
+    properties: dict[str, int] = driver.utils.get_device_properties(index)
+    return properties
+
+
+@lru_cache(maxsize=1024)
+def spec_of(problem: Problem, shots: int, queries: int, precision: str, config: Config) -> Spec:
+    """What the kernels are compiled for."""
+    layers, inner = problem.network.layers, problem.inner
+    return Spec(
+        widths=problem.network.widths,
+        biases=tuple(layer.bias for layer in layers),
+        activations=tuple((layer.activation.name, layer.activation.parameters) for layer in layers),
+        adapts=inner.adapt,
+        loss=_loss(problem.loss),
+        outer_loss=_loss(problem.outer_loss),
+        # The first step has no velocity yet, so one step has no momentum.
+        momentum=inner.momentum > 0.0 and inner.steps > 1,
+        decay=inner.weight_decay > 0.0,
+        precision=precision,
+        samples=config.samples,
+        one_support_tile=shots <= config.samples,
+        one_query_tile=queries <= config.samples,
+    )
+
+
+@dataclass
+class Adapted:
+    """The fast weights of a chunk of tasks, as the kernels lay them out: [t, parameters], each at its offset."""
+
+    plan: Planned
+    spec: Spec
+    weights: Tensor
+
+
+@dataclass
+class Trace:
+    """The query pass of a chunk: its outputs [t, Q, out], and the features it ran on."""
+
+    outputs: Tensor
+    x: Tensor
+
+
+def step(
+    plan: Planned,
+    needed: Sequence[bool],
+    parameters: FlatParameters,
+    support: Support,
+    query: Query,
+    share: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """The meta-step of a chunk of tasks in two launches; arguments and results as of `batched.step`."""
+    (tasks, shots, _), queries = support.x.shape, query.x.shape[1]
+    spec = _spec(plan, shots, queries)
+    x, like = support.x, {"dtype": torch.float32, "device": support.x.device}
+    programs, length = _programs(plan, tasks, x.device), spec.parameters
+    losses, value = torch.empty(tasks, **like), torch.empty((), **like)
+    dx = torch.empty(query.x.shape, **like) if needed[0] else None
+    partials = torch.empty(programs, length, **like) if any(needed[1:]) else None
+    gradient = torch.empty(length, **like) if any(needed[1:]) else None
+    shares, share_of_all = (share, 0.0) if isinstance(share, Tensor) else (None, share)
+    blocks = triton.cdiv(length, REDUCTION["BLOCK"]) if partials is not None else 0
+    with _on(x.device):
+        resident.meta_kernel[programs,](
+            *_pointers(parameters), _inner(plan.problem, x.device), *_tensors(support), *_tensors(query),
+            shares, share_of_all, losses, None, dx, partials, tasks, shots, queries, plan.problem.inner.steps, spec,
+            **_options(plan),
+        )  # fmt: skip
+        outer.reduce_kernel[blocks + 1,](
+            partials, gradient, losses, shares, share_of_all, value, programs, length, tasks, **REDUCTION, num_warps=4
+        )
+    return value, dx, _split(spec, gradient, len(parameters), needed[1:])
+
+
+def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
+    """Run the inner steps of a chunk of tasks."""
+    tasks, shots, _ = support.x.shape
+    spec, device = _spec(plan, shots, shots), support.x.device
+    weights = torch.empty(tasks, spec.parameters, dtype=torch.float32, device=device)
+    with _on(device):
+        resident.adapt_kernel[_programs(plan, tasks, device),](
+            *_pointers(parameters), _inner(plan.problem, device), *_tensors(support), weights,
+            tasks, shots, plan.problem.inner.steps, spec, **_options(plan),
+        )  # fmt: skip
+    return Adapted(plan, spec, weights)
+
+
+def query_pass(adapted: Adapted, x: Tensor) -> Trace:
+    """The adapted networks on query features [t, Q, in]."""
+    tasks, queries, _ = x.shape
+    x = x.contiguous()
+    outputs = torch.empty(tasks, queries, adapted.spec.widths[-1], dtype=torch.float32, device=x.device)
+    with _on(x.device):
+        resident.query_kernel[_programs(adapted.plan, tasks, x.device),](
+            adapted.weights, x, outputs, tasks, queries, adapted.spec, **_options(adapted.plan)
+        )
+    return Trace(outputs, x)
+
+
+def query_backward(
+    adapted: Adapted, trace: Trace, d: Tensor, needed: Sequence[bool], features: bool
+) -> tuple[Tensor | None, Gradients]:
+    """The query pass in reverse; arguments and results as of `batched.query_backward`."""
+    tasks, queries, _ = trace.x.shape
+    spec, like = adapted.spec, {"dtype": torch.float32, "device": d.device}
+    programs, length = _programs(adapted.plan, tasks, d.device), spec.parameters
+    dx = torch.empty(trace.x.shape, **like) if features else None
+    partials = torch.empty(programs, length, **like) if any(needed) else None
+    gradient = torch.empty(length, **like) if any(needed) else None
+    with _on(d.device):
+        resident.query_backward_kernel[programs,](
+            adapted.weights, trace.x, d.contiguous(), dx, partials, tasks, queries, spec, **_options(adapted.plan)
+        )
+        if partials is not None:
+            outer.reduce_kernel[triton.cdiv(length, REDUCTION["BLOCK"]),](
+                partials, gradient, None, None, 0.0, None, programs, length, 0, **REDUCTION, num_warps=4
+            )
+    return dx, _split(spec, gradient, len(needed), needed)
+
+
+def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
+    spec, flat = adapted.spec, adapted.weights[tasks]
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for i, (before, after) in enumerate(zip(spec.widths, spec.widths[1:], strict=False)):
+        weight = flat[:, weight_offset(spec, i) :][:, : after * before].unflatten(1, (after, before))
+        layers.append((weight, flat[:, bias_offset(spec, i) :][:, :after] if spec.biases[i] else None))
+    return layers
+
+
+def _spec(plan: Planned, shots: int, queries: int) -> Spec:
+    assert plan.precision is not None and plan.config is not None, f"a plan for {plan.engine} has no kernel"
+    return spec_of(plan.problem, shots, queries, plan.precision, plan.config)
+
+
+def _loss(loss: Loss) -> tuple[str, tuple[float, ...]]:
+    options = {"huber": (loss.delta,), "cross_entropy": (loss.label_smoothing,)}
+    return loss.name, options.get(loss.name, ())
+
+
+def _options(plan: Planned) -> dict[str, int | bool]:
+    assert plan.config is not None
+    return {"num_warps": plan.config.warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _programs(plan: Planned, tasks: int, device: torch.device) -> int:
+    """As many programs as the device holds at a time, or fewer: each of them with as many tasks, give or take one."""
+    assert plan.config is not None
+    if interpreted():
+        most = INTERPRETED_PROGRAMS
+    else:
+        most = int(_properties(device)["multiprocessor_count"]) * max(1, WARPS_PER_MULTIPROCESSOR // plan.config.warps)
+    return triton.cdiv(tasks, triton.cdiv(tasks, most))
+
+
+@lru_cache(maxsize=64)
+def _inner(problem: Problem, device: torch.device) -> Tensor:
+    """Momentum, weight decay and the rate of each step and layer, as the kernels read them."""
+    inner = problem.inner
+    numbers = [inner.momentum, inner.weight_decay, *(rate for row in inner.rates for rate in row)]
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def _pointers(parameters: FlatParameters) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    flat = [None if p is None else p.contiguous() for p in parameters]
+    return tuple(flat[0::2]), tuple(flat[1::2])
+
+
+def _tensors(batch: Support | Query) -> tuple[Tensor, Tensor, Tensor | None]:
+    weight = None if batch.weight is None else batch.weight.contiguous()
+    return batch.x.contiguous(), batch.y.contiguous(), weight
+
+
+def _split(spec: Spec, flat: Tensor | None, parameters: int, needed: Sequence[bool]) -> Gradients:
+    """The gradients asked for, as views of the one that the kernels lay out."""
+    gradients: Gradients = [None] * parameters
+    if flat is None:
+        return gradients
+    for i, (before, after) in enumerate(zip(spec.widths, spec.widths[1:], strict=False)):
+        if needed[2 * i]:
+            gradients[2 * i] = flat[weight_offset(spec, i) :][: after * before].view(after, before)
+        if needed[2 * i + 1]:
+            gradients[2 * i + 1] = flat[bias_offset(spec, i) :][:after]
+    return gradients
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

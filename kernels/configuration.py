@@ -1,0 +1,45 @@
+"""Warps and tiles of a kernel by device and size, from the tables in `configs/`; needs no Triton.
+
+A table lists rules; the first whose `weights` is not exceeded by the largest weight tile of a network applies. What
+`fomaml_fused.tune` measures in a process comes before the tables.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is laid out.
+
+    Attributes:
+        warps: of a program, a power of two.
+        samples: columns of a tile of samples, a power of two, at least 16.
+    """
+
+    warps: int
+    samples: int
+
+
+def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
+    """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
+
+    Args:
+        device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
+    """
+    for rule in _table(device)[kernel]:
+        if largest_weight <= rule["weights"]:
+            return Config(rule["warps"], rule["samples"])
+    return None
+
+
+@cache
+def _table(device: str) -> Any:
+    folder = resources.files(__package__) / "configs"
+    file = folder / f"{device}.json"
+    return json.loads((file if file.is_file() else folder / "default.json").read_text())

@@ -1,0 +1,68 @@
+"""Each loss of a sample, its value and its gradient with respect to the outputs, in float32.
+
+A loss is a compile-time pair: a name of `LOSSES`, and the values of the parameters that stand beside it there. Tiles
+hold outputs in rows and samples in columns, [C, B]; rows past `OUT` are padding, in which targets are 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import log1p
+
+LOSSES = {"mse": (), "l1": (), "huber": ("delta",), "cross_entropy": ("label_smoothing",), "bce_with_logits": ()}
+
+
+@triton.constexpr_function
+def takes_classes(LOSS):
+    """Whether targets are class indices; values otherwise."""
+    return LOSS[0] == "cross_entropy"
+
+
+@triton.jit
+def expected_classes(b_class, OUT: tl.constexpr, C: tl.constexpr, LOSS: tl.constexpr):
+    """The distribution that cross-entropy aims at, [C, B], from class indices [1, B]."""
+    o_c = tl.arange(0, C)[:, None]
+    b_hit = tl.where(o_c == b_class, 1.0 - LOSS[1][0], 0.0)
+    return tl.where(o_c < OUT, b_hit + LOSS[1][0] / OUT, 0.0)
+
+
+@triton.jit
+def sample_losses(b_z, b_y, OUT: tl.constexpr, LOSS: tl.constexpr):
+    """The loss of each sample, [1, B], and its gradient with respect to the outputs, [C, B], 0 in padding.
+
+    b_z: outputs [C, B].  b_y: targets [C, B]; for cross-entropy, what `expected_classes` gives.
+    """
+    m = tl.arange(0, b_z.shape[0])[:, None] < OUT
+    if LOSS[0] == "cross_entropy":
+        b_z = b_z - tl.max(tl.where(m, b_z, float("-inf")), 0)[None, :]
+        b_e = tl.where(m, tl.exp(b_z), 0.0)
+        b_sum = tl.sum(b_e, 0)[None, :]
+        b_value = tl.log(b_sum) - tl.sum(b_y * tl.where(m, b_z, 0.0), 0)[None, :]
+        b_gradient = b_e / b_sum - b_y
+    else:
+        b_each, b_slope = _output_losses(b_z, b_y, LOSS)
+        b_value = tl.sum(tl.where(m, b_each, 0.0), 0)[None, :] * (1.0 / OUT)
+        b_gradient = tl.where(m, b_slope * (1.0 / OUT), 0.0)
+    return b_value, b_gradient
+
+
+@triton.jit
+def _output_losses(b_z, b_y, LOSS: tl.constexpr):
+    """The loss of each output and its derivative, for losses that are a mean over outputs."""
+    b_e = b_z - b_y
+    if LOSS[0] == "mse":
+        b_each = b_e * b_e
+        b_slope = 2.0 * b_e
+    elif LOSS[0] == "l1":
+        b_each = tl.abs(b_e)
+        b_slope = tl.where(b_e > 0.0, 1.0, tl.where(b_e < 0.0, -1.0, b_e))
+    elif LOSS[0] == "huber":
+        b_size = tl.abs(b_e)
+        b_each = tl.where(b_size > LOSS[1][0], LOSS[1][0] * (b_size - 0.5 * LOSS[1][0]), 0.5 * b_e * b_e)
+        b_slope = tl.where(b_e > LOSS[1][0], LOSS[1][0], tl.where(b_e < -LOSS[1][0], -LOSS[1][0], b_e))
+    else:
+        tl.static_assert(LOSS[0] == "bce_with_logits")
+        # max(z, 0) - z y + log(1 + exp(-|z|)): no term overflows.
+        b_each = tl.maximum(b_z, 0.0, tl.PropagateNan.ALL) - b_z * b_y + log1p(tl.exp(-tl.abs(b_z)))
+        b_slope = tl.sigmoid(b_z) - b_y
+    return b_each, b_slope

@@ -1,0 +1,44 @@
+"""What the resident kernel needs of a device, known before it is compiled: registers and shared memory.
+
+An estimate from padded sizes, fitted to what ptxas (CUDA 12.9, sm_80 and sm_90) made of some hundred networks. It errs by
+some tens of registers: what is said to fit may spill a few addresses, what is said not to would spill in its inner loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .configuration import Config
+from .spec import Spec, padded
+
+REGISTERS = 255  # a thread, on NVIDIA and AMD alike as far as the kernel goes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Registers of a thread; bytes of shared memory of a program."""
+
+    registers: int
+    shared: int
+
+
+def weight_tiles(widths: Sequence[int]) -> list[int]:
+    """Numbers in the tile of each weight that a matrix product takes; a vector's are beneath notice."""
+    sides = [padded(width) for width in widths]
+    return [a * b for a, b in pairwise(sides) if a > 1 and b > 1]
+
+
+def resident_need(spec: Spec, config: Config) -> Need:
+    """What the resident kernel needs for a network and its tiles."""
+    threads = 32 * config.warps
+    tiles = weight_tiles(spec.widths)
+    activations = spec.samples * sum(padded(width) for width in spec.widths)
+    # tf32x3 holds each operand twice, as its high and its low part.
+    copies, per_layer = {"tf32x3": (4, 16), "ieee": (4, 16), "tf32": (2, 8)}.get(spec.precision, (2, 8))
+    # Where samples are walked over, or there is a velocity, a step's sums stand beside the weights.
+    copies += not (spec.one_support_tile and spec.one_query_tile) and spec.precision == "tf32"
+    registers = 64 + (copies * sum(tiles) + 2 * activations) // threads + per_layer * len(tiles)
+    staged = max(tiles, default=0) * (2 if spec.precision == "tf32x3" else 1)
+    return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)

@@ -1,0 +1,113 @@
+"""What a kernel is compiled for: all of a problem that is no number at run time, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+Function = tuple[str, tuple[float, ...]]  # an activation or a loss: its name and its parameters
+
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network, its inner loop and its tiles; a kernel takes it whole, as one compile-time value.
+
+    Attributes:
+        widths: features from the input to the output, [layers + 1].
+        biases, activations, adapts: of each layer: whether it has a bias, what comes behind it, whether it moves.
+        loss, outer_loss: on the support set and on the query set.
+        momentum, decay: whether the inner loop has them; how much of them, it reads at run time.
+        precision: of the operands of matrix products, one of `PRECISIONS`; they are summed in float32.
+        samples: columns of a tile of samples, a power of two, at least 16.
+        one_support_tile, one_query_tile: whether a task's samples fit one tile; else they are walked over.
+    """
+
+    widths: tuple[int, ...]
+    biases: tuple[bool, ...]
+    activations: tuple[Function, ...]
+    adapts: tuple[bool, ...]
+    loss: Function
+    outer_loss: Function
+    momentum: bool = False
+    decay: bool = False
+    precision: str = "tf32x3"
+    samples: int = 16
+    one_support_tile: bool = True
+    one_query_tile: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """Number of scalar parameters."""
+        return weight_offset(self, len(self.activations))
+
+
+# What kernels ask of a `Spec` while they compile; on the host these are ordinary functions.
+
+
+@triton.constexpr_function
+def depth(SPEC):
+    return len(SPEC.activations)
+
+
+@triton.constexpr_function
+def samples(SPEC):
+    return SPEC.samples
+
+
+@triton.constexpr_function
+def width(SPEC, i):
+    return SPEC.widths[i]
+
+
+@triton.constexpr_function
+def padded(width):
+    """The side of a tile for a width: 1 stays 1, for it needs no matrix unit; others are at least its depth."""
+    return 1 if width == 1 else max(16, triton.next_power_of_2(width))
+
+
+@triton.constexpr_function
+def activation(SPEC, layer):
+    return SPEC.activations[layer]
+
+
+@triton.constexpr_function
+def adapted(SPEC):
+    """Whether each layer moves in the inner loop."""
+    return SPEC.adapts
+
+
+@triton.constexpr_function
+def every_layer(SPEC, WANTED):
+    return (bool(WANTED),) * len(SPEC.activations)
+
+
+@triton.constexpr_function
+def lowest(MOVING, FEATURES):
+    """The lowest layer that a backward pass reaches; the number of layers where it reaches none."""
+    return 0 if FEATURES else MOVING.index(True) if True in MOVING else len(MOVING)
+
+
+@triton.constexpr_function
+def weight_offset(SPEC, layer):
+    """Where a layer's weight starts when all parameters lie end to end: weight, bias, weight, bias, ...
+
+    Each starts at a multiple of 16 bytes, so that rows can be moved by 16 bytes where their length allows it. The offset
+    past the last layer is the length of all.
+    """
+    offset = 0
+    for i in range(layer):
+        offset += aligned(SPEC.widths[i] * SPEC.widths[i + 1]) + aligned(SPEC.widths[i + 1] * SPEC.biases[i])
+    return offset
+
+
+@triton.constexpr_function
+def bias_offset(SPEC, layer):
+    return weight_offset(SPEC, layer) + aligned(SPEC.widths[layer] * SPEC.widths[layer + 1])
+
+
+@triton.constexpr_function
+def aligned(numbers):
+    return (numbers + 3) // 4 * 4
