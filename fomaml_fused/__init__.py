@@ -6,6 +6,7 @@ from .module import ANIL, FOMAML
 from .network import Sine
 from .planner import Plan, override
 from .problem import Loss
+from .tuning import tune
 from .version import __version__
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "override",
     "reference",
     "tasks",
+    "tune",
 ]

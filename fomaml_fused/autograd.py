@@ -48,11 +48,14 @@ class AdaptedTasks:
 
     def __init__(self, plan: Plan, support: Support, parameters: FlatParameters, *, keep: bool) -> None:
         self.plan, self.support, self.parameters = plan, support, tuple(parameters)
-        self.engine = _engine(plan)
         self.slices = list(_slices(plan))
         self.kept: list[Any] | None = None
         if keep:
             self.kept = [self._adapt(tasks) for tasks in self.slices]
+
+    @property
+    def engine(self) -> ModuleType:
+        return _engine(self.plan)
 
     def adapted(self, chunk: int) -> Any:
         """The tasks `slices[chunk]`, adapted, as the engine holds them."""
@@ -119,22 +122,16 @@ class _MetaLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         # One launch for all of them, where there are launches.
         scaled = iter(torch._foreach_mul([g for g in saved if g is not None], cotangent.to(ctx.compute_dtype)))
-        return [
-            None if g is None else next(scaled).to(dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)
-        ]
+        return [None if g is None else next(scaled).to(dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
 
 
 class _Predict(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tasks: AdaptedTasks, query_x: Tensor, *tensors: Tensor | None) -> Tensor:
-        outputs, traces = [], []
         with _without_autocast(query_x):
-            for i in _chunks(tasks):
-                _, trace = tasks.query(i, query_x)
-                outputs.append(trace.outputs)
-                # Where adapted tasks are not kept, neither is what their query pass left.
-                traces.append(trace if tasks.kept else None)
-        ctx.tasks, ctx.traces = tasks, traces
+            passes = [_outputs(tasks, i, query_x) for i in _chunks(tasks)]
+        outputs = [chunk for chunk, _ in passes]
+        ctx.tasks, ctx.traces = tasks, [trace for _, trace in passes]
         ctx.inputs = (query_x, *tensors[3:])
         # Saved, support set and all, so that autograd notices what changed in place between forward and backward.
         ctx.save_for_backward(query_x, *tensors)
@@ -201,6 +198,12 @@ def _engine(plan: Plan) -> ModuleType:
 
         return fused
     return batched
+
+
+def _outputs(tasks: AdaptedTasks, chunk: int, x: Tensor) -> tuple[Tensor, Any]:
+    """The outputs of a chunk, and what its query pass left where adapted tasks are kept as well."""
+    _, trace = tasks.query(chunk, x)
+    return trace.outputs, trace if tasks.kept else None
 
 
 def _reverse(

@@ -44,7 +44,8 @@ class FOMAML(nn.Module):
             "highest" ("tf32x3", on AMD "ieee"), "high" ("tf32") and "medium" ("bf16"). None for that of an enabled
             autocast, else `torch.get_float32_matmul_precision()`. Sums are float32 always; batched torch ops follow
             torch's own setting.
-        compile: run batched torch ops through `torch.compile`: the first call of each size waits for the compiler, later
+        compile: run batched torch ops through `torch.compile`: the first call of each size waits for the compiler,
+        later
             ones have less to launch. `predict` and `adapt` are never compiled, and fused kernels need none of it.
 
     Raises:

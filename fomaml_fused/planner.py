@@ -136,11 +136,13 @@ class Override:
         forms: the form of each layer, "primal" or "dual"; layers that do not move stay shared.
         chunk: tasks at a time.
         memory_bound: bytes of scratch that a chunk may take.
+        config: a kernel's warps and tiles.
     """
 
     forms: tuple[str, ...] | None = None
     chunk: int | None = None
     memory_bound: int = MEMORY_BOUND
+    config: Config | None = None
 
     def __post_init__(self) -> None:
         if self.forms is not None and not set(self.forms) <= set(FORMS):
@@ -154,14 +156,18 @@ _override: ContextVar[Override] = ContextVar("override", default=Override())  # 
 
 @contextmanager
 def override(
-    *, forms: Sequence[str] | None = None, chunk: int | None = None, memory_bound: int = MEMORY_BOUND
+    *,
+    forms: Sequence[str] | None = None,
+    chunk: int | None = None,
+    memory_bound: int = MEMORY_BOUND,
+    config: Config | None = None,
 ) -> Iterator[None]:
     """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
 
     Raises:
         ValueError: an unknown form or a chunk of no task; when planning, not one form a layer.
     """
-    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound))
+    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound, config))
     try:
         yield
     finally:
@@ -206,9 +212,9 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
     obstacle = _triton_obstacle(sizes.device)
     if obstacle is not None and backend == "triton":
         raise RuntimeError(
-            f"backend 'triton' cannot run on {sizes.device} tensors: {obstacle}. Move model and data to a GPU that Triton "
-            "supports, set TRITON_INTERPRET=1 before the first import to interpret the kernels (slow, for tests), or take "
-            "backend 'torch' or 'auto'"
+            f"backend 'triton' cannot run on {sizes.device} tensors: {obstacle}. Move model and data to a GPU that "
+            "Triton supports, set TRITON_INTERPRET=1 in the environment to interpret the kernels (slow, for tests), "
+            "or take backend 'torch' or 'auto'"
         )
     obstacle = obstacle or _kernel_obstacle(problem, sizes, told)
     resident = obstacle or _resident(problem, sizes, told, precision)
@@ -220,6 +226,11 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
     if backend == "auto" and batched.estimate.seconds < resident.estimate.seconds:
         return batched
     return resident
+
+
+def forget_plans() -> None:
+    """Plan anew from now on, where something that plans depend on has changed."""
+    _make_plan.cache_clear()
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
@@ -249,15 +260,14 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) ->
     from .kernels.configuration import configuration
     from .kernels.resources import REGISTERS, resident_need, weight_tiles
 
-    backend, architecture = fused.target()
+    backend, _ = fused.target()
     operands = {"highest": "ieee" if backend == "hip" else "tf32x3", "high": "tf32", "medium": "bf16"}
     precision = operands.get(precision, precision)
     if backend == "hip" and precision == "tf32x3":
         return "precision 'tf32x3' needs NVIDIA's matrix units; AMD's take 'ieee'"
     layers, network = problem.network.layers, problem.network
-    device = f"{backend}-{architecture}"
     largest = max(weight_tiles(network.widths), default=0)
-    config = configuration(device, "resident", largest)
+    config = told.config or configuration(fused.device_name(), "resident", largest)
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
     spec = fused.spec_of(problem, sizes.shots, sizes.queries, precision, config)
@@ -304,9 +314,7 @@ def _batched(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Pla
     return min(within, key=lambda plan: plan.estimate.seconds)
 
 
-def _plan_chunk(
-    problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str
-) -> Plan:
+def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str) -> Plan:
     """The cheapest forms for a given number of tasks at a time."""
     inner, layers = problem.inner, problem.network.layers
     itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)

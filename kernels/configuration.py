@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Config:
     """How a kernel is laid out.
 
@@ -32,10 +32,20 @@ def configuration(device: str, kernel: str, largest_weight: int) -> Config | Non
     Args:
         device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
     """
+    if (device, kernel, largest_weight) in _tuned:
+        return _tuned[device, kernel, largest_weight]
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
             return Config(rule["warps"], rule["samples"])
     return None
+
+
+def remember(device: str, kernel: str, largest_weight: int, config: Config) -> None:
+    """Have `configuration` give this one from now on, in this process."""
+    _tuned[device, kernel, largest_weight] = config
+
+
+_tuned: dict[tuple[str, str, int], Config] = {}
 
 
 @cache

@@ -94,8 +94,8 @@ def lowest(MOVING, FEATURES):
 def weight_offset(SPEC, layer):
     """Where a layer's weight starts when all parameters lie end to end: weight, bias, weight, bias, ...
 
-    Each starts at a multiple of 16 bytes, so that rows can be moved by 16 bytes where their length allows it. The offset
-    past the last layer is the length of all.
+    Each starts at a multiple of 16 bytes, so that rows can be moved by 16 bytes where their length allows it. The
+    offset past the last layer is the length of all.
     """
     offset = 0
     for i in range(layer):

@@ -66,6 +66,7 @@ class Case:
     seed: int = 0
     forms: tuple[str, ...] | None = field(default=None, compare=False)
     jitter: int = 0
+    rounding: float | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         name = f"{'x'.join(map(str, self.widths))}-{self.activation}-{self.loss}"
@@ -120,11 +121,12 @@ class Case:
         return batch
 
     def _jitter(self, values: Tensor) -> Tensor:
-        """Move values by at most one rounding error of their dtype, in place, another way for each `jitter` but 0."""
+        """Move values by at most one rounding error, of their dtype or a coarser one, another way for each `jitter`."""
         if self.jitter:
             generator = torch.Generator().manual_seed(self.jitter)
             noise = torch.rand(values.shape, generator=generator, dtype=torch.float64) * 2 - 1
-            values.mul_((1 + noise * torch.finfo(values.dtype).eps).to(values.dtype))
+            rounding = self.rounding or torch.finfo(values.dtype).eps
+            values.mul_((1 + noise * rounding).to(values.dtype))
         return values
 
     def options(self) -> dict[str, Any]:
@@ -141,8 +143,10 @@ class Solution:
 
     @classmethod
     def of(cls, loss: Callable[..., Tensor], case: Case, model: nn.Module, dtype: torch.dtype) -> Solution:
-        """loss: takes the keywords of a call and gives the meta-loss of `model`."""
-        batch = case.batch(dtype)
+        """loss: takes the keywords of a call, on the model's device, and gives the meta-loss of `model`."""
+        device = next(model.parameters()).device
+        batch = {name: t.detach().to(device) for name, t in case.batch(dtype).items()}
+        batch["query_x"].requires_grad_()
         inputs = {"query_x": batch["query_x"], **dict(model.named_parameters())}
 
         def gradients(value: Tensor, cotangent: Tensor | None, label: str) -> dict[str, Tensor]:
@@ -151,7 +155,8 @@ class Solution:
 
         reduced = loss(**batch, reduction=case.reduction if case.reduction != "none" else "mean")
         per_task = loss(**batch, reduction="none")
-        cotangent = torch.randn(case.tasks, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+        cotangent = torch.randn(case.tasks, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        cotangent = cotangent.to(device, dtype)
         values = {"reduced": reduced.detach(), "per task": per_task.detach()}
         return cls(values | gradients(reduced, None, "reduced") | gradients(per_task, cotangent, "per task"))
 
@@ -200,7 +205,7 @@ def assert_no_worse_than_twice(actual: Solution, own: Sequence[Solution], expect
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of the expected; nan, which no bound admits, where one is nan."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     difference = (actual - expected).norm()
     return float(difference / expected.norm().clamp_min(1e-30)) if difference else 0.0
 

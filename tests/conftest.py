@@ -14,6 +14,23 @@ settings.register_profile("explore", settings.get_profile("ci"), derandomize=Fal
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("interpreted", "driver", "gpu"),
+        default="interpreted",
+        help="where kernel tests run: in Triton's interpreter, on what its active driver serves, or on a GPU alone",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads this where a kernel is defined, so it is set before anything imports one.
+    if config.getoption("--kernels") == "interpreted":
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_and_seeded() -> Iterator[None]:
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fomaml_fused as ff
-from fomaml_fused.batch import Sizes
+from fomaml_fused.batch import Sizes, Support
 from fomaml_fused.planner import MEMORY_BOUND, make_plan
 
 
@@ -98,8 +98,8 @@ def test_the_model_of_memory_covers_what_is_allocated() -> None:
         x, q = torch.randn(16, 6, 30), torch.randn(16, 7, 30)
         pairs = [(layer.weight, layer.bias) for layer in model if isinstance(layer, nn.Linear)]
         with torch.no_grad():
-            adapted = batched.adapt(meta.problem, chosen.forms, pairs, x, torch.randn(16, 6, 5))
-            trace = batched.query(adapted, q)
+            adapted = batched.adapt(chosen, list(model.parameters()), Support(x, torch.randn(16, 6, 5)))
+            trace = batched.query_pass(adapted, q)
         shared = {t.data_ptr() for pair in pairs for t in pair} | {x.data_ptr()}
         tensors = [v for layer in adapted.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
         tensors += [*trace.inputs, *trace.saved]

@@ -1,7 +1,8 @@
 """Engines do what a plan says and decide nothing.
 
-Each is a module with the same five functions: `step`, the meta-step of a chunk of tasks; `adapt`, which gives the adapted
-tasks as the engine holds them; `query_pass` and `query_backward` on those; and `fast_weights`, which materialises them.
+Each is a module with the same five functions: `step`, the meta-step of a chunk of tasks; `adapt`, which gives the
+adapted tasks as the engine holds them; `query_pass` and `query_backward` on those; and `fast_weights`, which
+materialises them.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def step(
         share: the cotangent of each task's loss, a number or [t].
 
     Returns:
-        The tasks' losses times their shares, summed; the gradient of the query features [t, Q, in]; the outer gradient of
-        each parameter.
+        The tasks' losses times their shares, summed; the gradient of the query features [t, Q, in]; the outer gradient
+        of each parameter.
     """
     adapted = adapt(plan, parameters, support)
     dtype = compute_dtype(query.x.dtype)

@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from ..batch import Query, Support
 from ..kernels import outer, resident
 from ..kernels.configuration import Config
+from ..kernels.resources import REGISTERS
 from ..kernels.spec import Spec, bias_offset, weight_offset
 from ..problem import Loss, Problem
 from . import FlatParameters, Gradients, Planned
@@ -48,11 +49,17 @@ def interpreted() -> bool:
 
 
 def target() -> tuple[str, int | str]:
-    """Backend and architecture that kernels are compiled for, as ("cuda", 90); ("cpu", 0) where they are interpreted."""
+    """Backend and architecture that kernels are compiled for, as ("cuda", 90); ("cpu", 0) when interpreted."""
     if interpreted():
         return "cpu", 0
     found = triton.runtime.driver.active.get_current_target()
     return found.backend, found.arch
+
+
+def device_name() -> str:
+    """What `kernels/configs/` has a table for."""
+    backend, architecture = target()
+    return f"{backend}-{architecture}"
 
 
 def shared_memory(device: torch.device) -> int:
@@ -113,22 +120,27 @@ def step(
     support: Support,
     query: Query,
     share: float | Tensor,
+    outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Gradients]:
-    """The meta-step of a chunk of tasks in two launches; arguments and results as of `batched.step`."""
+    """The meta-step of a chunk of tasks in two launches; arguments and results as of `batched.step`.
+
+    Args:
+        outputs: where the query outputs go, [t, Q, out] float32.
+    """
     (tasks, shots, _), queries = support.x.shape, query.x.shape[1]
     spec = _spec(plan, shots, queries)
-    x, like = support.x, {"dtype": torch.float32, "device": support.x.device}
-    programs, length = _programs(plan, tasks, x.device), spec.parameters
-    losses, value = torch.empty(tasks, **like), torch.empty((), **like)
-    dx = torch.empty(query.x.shape, **like) if needed[0] else None
-    partials = torch.empty(programs, length, **like) if any(needed[1:]) else None
-    gradient = torch.empty(length, **like) if any(needed[1:]) else None
+    device = support.x.device
+    programs, length = _programs(plan, tasks, device), spec.parameters
+    losses, value = _new(device, tasks), _new(device)
+    dx = _new(device, *query.x.shape) if needed[0] else None
+    partials = _new(device, programs, length) if any(needed[1:]) else None
+    gradient = _new(device, length) if any(needed[1:]) else None
     shares, share_of_all = (share, 0.0) if isinstance(share, Tensor) else (None, share)
     blocks = triton.cdiv(length, REDUCTION["BLOCK"]) if partials is not None else 0
-    with _on(x.device):
+    with _on(device):
         resident.meta_kernel[programs,](
-            *_pointers(parameters), _inner(plan.problem, x.device), *_tensors(support), *_tensors(query),
-            shares, share_of_all, losses, None, dx, partials, tasks, shots, queries, plan.problem.inner.steps, spec,
+            *_pointers(parameters), _inner(plan.problem, device), *_tensors(support), *_tensors(query),
+            shares, share_of_all, losses, outputs, dx, partials, tasks, shots, queries, plan.problem.inner.steps, spec,
             **_options(plan),
         )  # fmt: skip
         outer.reduce_kernel[blocks + 1,](
@@ -141,7 +153,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
     """Run the inner steps of a chunk of tasks."""
     tasks, shots, _ = support.x.shape
     spec, device = _spec(plan, shots, shots), support.x.device
-    weights = torch.empty(tasks, spec.parameters, dtype=torch.float32, device=device)
+    weights = _new(device, tasks, spec.parameters)
     with _on(device):
         resident.adapt_kernel[_programs(plan, tasks, device),](
             *_pointers(parameters), _inner(plan.problem, device), *_tensors(support), weights,
@@ -154,7 +166,7 @@ def query_pass(adapted: Adapted, x: Tensor) -> Trace:
     """The adapted networks on query features [t, Q, in]."""
     tasks, queries, _ = x.shape
     x = x.contiguous()
-    outputs = torch.empty(tasks, queries, adapted.spec.widths[-1], dtype=torch.float32, device=x.device)
+    outputs = _new(x.device, tasks, queries, adapted.spec.widths[-1])
     with _on(x.device):
         resident.query_kernel[_programs(adapted.plan, tasks, x.device),](
             adapted.weights, x, outputs, tasks, queries, adapted.spec, **_options(adapted.plan)
@@ -167,12 +179,12 @@ def query_backward(
 ) -> tuple[Tensor | None, Gradients]:
     """The query pass in reverse; arguments and results as of `batched.query_backward`."""
     tasks, queries, _ = trace.x.shape
-    spec, like = adapted.spec, {"dtype": torch.float32, "device": d.device}
-    programs, length = _programs(adapted.plan, tasks, d.device), spec.parameters
-    dx = torch.empty(trace.x.shape, **like) if features else None
-    partials = torch.empty(programs, length, **like) if any(needed) else None
-    gradient = torch.empty(length, **like) if any(needed) else None
-    with _on(d.device):
+    spec, device = adapted.spec, d.device
+    programs, length = _programs(adapted.plan, tasks, device), spec.parameters
+    dx = _new(device, *trace.x.shape) if features else None
+    partials = _new(device, programs, length) if any(needed) else None
+    gradient = _new(device, length) if any(needed) else None
+    with _on(device):
         resident.query_backward_kernel[programs,](
             adapted.weights, trace.x, d.contiguous(), dx, partials, tasks, queries, spec, **_options(adapted.plan)
         )
@@ -194,8 +206,13 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
 
 
 def _spec(plan: Planned, shots: int, queries: int) -> Spec:
-    assert plan.precision is not None and plan.config is not None, f"a plan for {plan.engine} has no kernel"
+    assert plan.precision is not None
+    assert plan.config is not None
     return spec_of(plan.problem, shots, queries, plan.precision, plan.config)
+
+
+def _new(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _loss(loss: Loss) -> tuple[str, tuple[float, ...]]:
@@ -205,7 +222,9 @@ def _loss(loss: Loss) -> tuple[str, tuple[float, ...]]:
 
 def _options(plan: Planned) -> dict[str, int | bool]:
     assert plan.config is not None
-    return {"num_warps": plan.config.warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": plan.config.warps, "num_stages": 1, "enable_fp_fusion": True}
+    # Told that it may have them all, ptxas does not spill some for the sake of an occupancy nobody asked for.
+    return options | ({"maxnreg": REGISTERS} if target()[0] == "cuda" else {})
 
 
 def _programs(plan: Planned, tasks: int, device: torch.device) -> int:
@@ -215,7 +234,7 @@ def _programs(plan: Planned, tasks: int, device: torch.device) -> int:
         most = INTERPRETED_PROGRAMS
     else:
         most = int(_properties(device)["multiprocessor_count"]) * max(1, WARPS_PER_MULTIPROCESSOR // plan.config.warps)
-    return triton.cdiv(tasks, triton.cdiv(tasks, most))
+    return -(-tasks // -(-tasks // most)) if tasks else 0
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,93 @@
+"""Measures how a kernel is best laid out for given sizes; nothing else in the package ever does."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .module import FOMAML
+from .planner import Plan, forget_plans, override
+
+if TYPE_CHECKING:
+    from .kernels.configuration import Config
+
+WARPS = (1, 2, 4, 8)
+SAMPLES = (16, 32, 64)
+
+
+def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, rounds: int = 20) -> dict[Config, float]:
+    """Time every layout of the fused kernel that takes these sizes, and plan with the fastest from now on.
+
+    Each round runs a meta-step, backward included, of every layout in turn, on random tasks. What is found holds in
+    this process, for networks whose largest weight has the same padded size.
+
+    Args:
+        meta: on the device to tune for, with backend "triton" or "auto".
+        queries: None for as many as shots.
+
+    Returns:
+        The median seconds of each layout, the fastest first.
+
+    Raises:
+        ValueError: no fused kernel takes the problem; the message is the plan's reason.
+    """
+    from .kernels.configuration import Config, remember
+
+    queries = shots if queries is None else queries
+    batch = _random_tasks(meta, tasks, shots, queries)
+    usable = {}
+    for warps, samples in product(WARPS, SAMPLES):
+        config = Config(warps, samples)
+        with override(config=config):
+            plan = meta.plan(tasks, shots, queries)
+            if plan.engine == "resident":
+                usable[config] = plan
+                _seconds(meta, batch)  # compiles
+    if not usable:
+        raise ValueError(f"no fused kernel takes this problem: {plan.reason}")
+    times: dict[Config, list[float]] = {config: [] for config in usable}
+    for _ in range(rounds):
+        for config, measured in times.items():
+            with override(config=config):
+                measured.append(_seconds(meta, batch))
+    medians = sorted((statistics.median(measured), config) for config, measured in times.items())
+    best = medians[0][1]
+    remember(*_table_key(usable[best]), best)
+    forget_plans()
+    return {config: median for median, config in medians}
+
+
+def _seconds(meta: FOMAML, batch: tuple[Tensor, ...]) -> float:
+    device = batch[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    torch.autograd.grad(meta(*batch), list(meta.parameters()))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _table_key(plan: Plan) -> tuple[str, str, int]:
+    from .engines import fused
+    from .kernels.resources import weight_tiles
+
+    return fused.device_name(), plan.engine, max(weight_tiles(plan.problem.network.widths), default=0)
+
+
+def _random_tasks(meta: FOMAML, tasks: int, shots: int, queries: int) -> tuple[Tensor, ...]:
+    network, like = meta.problem.network, next(meta.parameters())
+    parts = []
+    for samples, loss in ((shots, meta.problem.loss), (queries, meta.problem.outer_loss)):
+        x = torch.randn(tasks, samples, network.in_features, dtype=like.dtype, device=like.device)
+        if loss.takes_classes:
+            y = torch.randint(network.out_features, (tasks, samples), device=like.device)
+        else:
+            y = torch.rand(tasks, samples, network.out_features, dtype=like.dtype, device=like.device)
+        parts += [x, y]
+    return tuple(parts)

@@ -1,0 +1,125 @@
+"""A network on a tile of samples, forward and in reverse.
+
+Samples lie in columns: a layer is `W @ H` with W in torch's own [out, in], so that the large operand is the one that
+stays in registers. Loops over layers unroll, so one kernel serves any depth.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import activate, keeps_output, leaves_zero, pull_back
+from .spec import activation, depth, lowest, padded, samples, width
+
+
+@triton.jit
+def forward(b_h, weights, biases, SPEC: tl.constexpr):
+    """The network on samples [IN, B]: its outputs [OUT, B], each layer's input, what each derivative is taken from."""
+    inputs = ()
+    kept = ()
+    for i in tl.static_range(depth(SPEC)):
+        inputs = inputs + (b_h,)
+        b_h, b_kept = _layer(b_h, weights[i], biases[i], width(SPEC, i), width(SPEC, i + 1), activation(SPEC, i), SPEC)
+        kept = kept + (b_kept,)
+    return b_h, inputs, kept
+
+
+@triton.jit
+def backward(
+    b_d, weights, inputs, kept, sums, p_rates, MOVING: tl.constexpr, FEATURES: tl.constexpr, SPEC: tl.constexpr
+):
+    """Step against the gradients of the layers in MOVING, from that of the outputs, b_d [OUT, B].
+
+    sums: what the steps are added to.  p_rates: the rate of each layer; None for -1, which adds the gradients as they
+    are. Returns the gradient of the network's input [IN, B], where FEATURES asks for it, and the sums.
+    """
+    sums_w = ()
+    sums_b = ()
+    for i in tl.static_range(depth(SPEC) - 1, -1, -1):
+        b_w = sums[0][i]
+        b_b = sums[1][i]
+        if i >= lowest(MOVING, FEATURES):
+            b_d = pull_back(b_d, kept[i], activation(SPEC, i))
+            b_g = b_d
+            if i > lowest(MOVING, FEATURES) or FEATURES:
+                b_d = _linear_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
+            if MOVING[i]:
+                rate = -1.0
+                if p_rates is not None:
+                    rate = tl.load(p_rates + i)
+                b_w = _step(b_w, b_g, inputs[i], rate, width(SPEC, i), width(SPEC, i + 1), SPEC)
+                if SPEC.biases[i]:
+                    b_b -= rate * tl.sum(b_g, 1)
+        sums_w = (b_w,) + sums_w
+        sums_b = (b_b,) + sums_b
+    return b_d, (sums_w, sums_b)
+
+
+@triton.jit
+def _layer(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, SPEC: tl.constexpr):
+    """A layer on [IN, B]: its output and what its derivative is taken from, both [OUT, B]."""
+    b_z = _linear(b_h, b_w, b_b, IN, OUT, SPEC)
+    b_h = activate(b_z, ACTIVATION)
+    if not leaves_zero(ACTIVATION):
+        b_h = tl.where(tl.arange(0, padded(OUT))[:, None] < OUT, b_h, 0.0)
+    if keeps_output(ACTIVATION):
+        b_z = b_h
+    return b_h, b_z
+
+
+@triton.jit
+def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """W @ H + b, [OUT, B]."""
+    if IN == 1:
+        b_z = b_w[:, None] * b_h + b_b[:, None]
+    elif OUT == 1:
+        b_z = tl.sum(b_w[:, None] * b_h, 0)[None, :] + b_b[:, None]
+    else:
+        b_z = _dot(b_w, b_h, tl.zeros([padded(OUT), samples(SPEC)], tl.float32) + b_b[:, None], SPEC)
+    return b_z
+
+
+@triton.jit
+def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """W.T @ D, [IN, B]."""
+    if IN == 1:
+        b_dx = tl.sum(b_w[:, None] * b_d, 0)[None, :]
+    elif OUT == 1:
+        b_dx = b_w[:, None] * b_d
+    else:
+        b_dx = _dot(tl.trans(b_w), b_d, tl.zeros([padded(IN), samples(SPEC)], tl.float32), SPEC)
+    return b_dx
+
+
+@triton.jit
+def _step(b_w, b_d, b_h, rate, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """b_w - rate * D @ H.T, in the shape of the weight's tile."""
+    if IN == 1 or OUT == 1:
+        b_w -= rate * tl.sum(b_d * b_h, 1)
+    else:
+        # The input is scaled, not the gradient, which 16 bits may hardly hold as it is.
+        b_w = _dot(b_d, tl.trans(b_h * -rate), b_w, SPEC)
+    return b_w
+
+
+@triton.jit
+def _dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
+    """b_sum + b_a @ b_b, with operands in the precision of SPEC and a sum in float32."""
+    if SPEC.precision == "bf16":
+        b_sum = tl.dot(b_a.to(tl.bfloat16), b_b.to(tl.bfloat16), b_sum)
+    elif SPEC.precision == "fp16":
+        b_sum = tl.dot(b_a.to(tl.float16), b_b.to(tl.float16), b_sum)
+    elif SPEC.precision == "tf32x3":
+        # Triton's own tf32x3 needs a tenth more instructions, and registers that a program of 64 x 64 weights lacks.
+        b_ah, b_bh = _high(b_a), _high(b_b)
+        b_sum = tl.dot(b_ah, b_bh, b_sum, input_precision="tf32")
+        b_sum = tl.dot(b_a - b_ah, b_bh, b_sum, input_precision="tf32")
+        b_sum = tl.dot(b_ah, b_b - b_bh, b_sum, input_precision="tf32")
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=SPEC.precision)
+    return b_sum
+
+
+@triton.jit
+def _high(b_v):
+    """The part of a float32 that tf32 holds, rounded; what is left is held as well, but for three bits."""
+    return ((b_v.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)

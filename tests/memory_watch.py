@@ -1,0 +1,290 @@
+"""Watches what interpreted kernels do to memory: what goes well in an interpreter, and wrong on a device.
+
+The interpreter runs one program after another, each in one thread, and takes any address; so races give right numbers
+there. Its pointers do not know their tensor: an access that leaves its argument and lands in another one passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
+
+Integers = NDArray[np.int64]
+Truths = NDArray[np.bool_]
+Verb = Literal["loads", "stores", "updates"]  # an update is atomic
+Kind = Literal[
+    "outside",  # of every argument, each taken from its first element to its last
+    "misaligned",  # to the size of the element
+    "write-write race",  # two programs store one element
+    "read-write race",  # a program loads what another one stores, before it or after it
+    "atomic and plain",  # one program updates an element, another one loads or stores it
+    "contradiction",  # one instruction stores different values to one element
+    "no barrier",  # a program loads what it stored, maybe in another of its threads, with no barrier between
+]
+# What a program does, what another one did to the same element, and which fault that is.
+CONFLICTS: dict[Verb, dict[Verb, Kind]] = {
+    "loads": {"stores": "read-write race", "updates": "atomic and plain"},
+    "stores": {"stores": "write-write race", "loads": "read-write race", "updates": "atomic and plain"},
+    "updates": {"stores": "atomic and plain", "loads": "atomic and plain"},
+}
+NOBODY, SEVERAL = -1, -2  # in place of the number of a program
+
+
+class AccessError(Exception):
+    """A kernel did to memory what no kernel may."""
+
+    def __init__(self, kind: Kind, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+@contextmanager
+def watch(raising: bool = True) -> Iterator[list[AccessError]]:
+    """Watch every interpreted launch inside, and yield the list of faults, which grows.
+
+    Args:
+        raising: whether a fault ends its launch with an `AccessError`; if not, launches go on, without the lanes that
+            are outside.
+    """
+    watcher = _Watcher(raising)
+    with (
+        patch.multiple(InterpreterBuilder, **_watched_operations(watcher)),
+        patch.multiple(GridExecutor, **_watched_launches(watcher)),
+    ):
+        yield watcher.faults
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Where a tensor lies, in bytes from its first element to its last."""
+
+    name: str
+    start: int
+    stop: int
+    itemsize: int
+
+    def element(self, address: int) -> str:
+        index, rest = divmod(address - self.start, self.itemsize)
+        return f"{self.name}[{index}]" + (f" + {rest} bytes" if rest else "")
+
+
+@dataclass(frozen=True)
+class Access:
+    """What one instruction does, in those of its lanes that take part: to which addresses, with which values."""
+
+    verb: Verb
+    program: int
+    itemsize: int
+    addresses: Integers
+    stored: NDArray[Any] | None
+
+    def only(self, lanes: Truths) -> Access:
+        stored = None if self.stored is None else self.stored[lanes]
+        return Access(self.verb, self.program, self.itemsize, self.addresses[lanes], stored)
+
+
+class Launch:
+    """The arguments of a launch, and which program did what to each unit of them.
+
+    A unit is as long as the smallest element of all arguments. Arguments that overlap share their units.
+    """
+
+    def __init__(self, kernel: str, arguments: list[Argument]) -> None:
+        self.kernel, self.arguments = kernel, arguments
+        self.unit = min((argument.itemsize for argument in arguments), default=1)
+        self.starts, self.stops = _spans(arguments)
+        lengths = -(-(self.stops - self.starts) // self.unit)
+        self.offsets = np.cumsum(lengths) - lengths
+        self.programs: dict[Verb, Integers] = {verb: np.full(lengths.sum(), NOBODY) for verb in CONFLICTS}
+        self.barriers = 0
+        self.barriers_at_store = np.zeros(lengths.sum(), np.int64)
+
+    def contains(self, access: Access) -> Truths:
+        """Which lanes of an access are inside of the arguments."""
+        span = self._span(access)
+        ends = access.addresses + access.itemsize
+        inside: Truths = (self.starts[span] <= access.addresses) & (ends <= self.stops[span])
+        return inside
+
+    def faults(self, access: Access, inside: Truths) -> Iterator[AccessError]:
+        """Compare an access with those before it, then remember it."""
+        for address in access.addresses[~inside][:1]:
+            yield self._outside(access, int(address))
+        access = access.only(inside)
+        units = self._units(access)
+        for kind, lanes, detail in self._checks(access, units):
+            address = int(access.addresses[lanes][0])
+            where = " = ".join(a.element(address) for a in self.arguments if a.start <= address < a.stop)
+            yield self._fault(kind, access, where, detail)
+        programs = self.programs[access.verb]
+        others = (programs[units] != NOBODY) & (programs[units] != access.program)
+        programs[units] = np.where(others, SEVERAL, access.program)
+        if access.verb == "stores":
+            self.barriers_at_store[units] = self.barriers
+
+    def _checks(self, access: Access, units: Integers) -> Iterator[tuple[Kind, Truths, str]]:
+        """Each check that fails: in which lanes, and why in the first of them."""
+        if (lanes := access.addresses % access.itemsize != 0).any():
+            yield "misaligned", lanes, f"at no multiple of {access.itemsize} bytes"
+        for verb, kind in CONFLICTS[access.verb].items():
+            programs = self.programs[verb][units]
+            others = (programs != NOBODY) & (programs != access.program)
+            if others.any():
+                yield kind, others.any(axis=1), f"which {_name(programs[others][0])} {verb}"
+        if access.verb == "loads":
+            stored = self.programs["stores"][units] == access.program
+            if (lanes := (stored & (self.barriers_at_store[units] == self.barriers)).any(axis=1)).any():
+                yield "no barrier", lanes, "which it stored, with no tl.debug_barrier() since"
+        if access.stored is not None and (lanes := _contradicting(access.addresses, access.stored)).any():
+            yield "contradiction", lanes, "with two values in one instruction"
+
+    def _outside(self, access: Access, address: int) -> AccessError:
+        def distance(argument: Argument) -> int:
+            return max(argument.start - address, address - argument.stop)
+
+        nearest = min(self.arguments, key=distance, default=Argument("null", 0, 0, 1))
+        size = (nearest.stop - nearest.start) // nearest.itemsize
+        return self._fault("outside", access, nearest.element(address), f"where there are {size} elements")
+
+    def _fault(self, kind: Kind, access: Access, where: str, detail: str) -> AccessError:
+        return AccessError(kind, f"{self.kernel}: {_name(access.program)} {access.verb} {where}, {detail}")
+
+    def _span(self, access: Access) -> Integers:
+        """The last span that starts before each address; where none does, one that does not contain it either."""
+        return np.searchsorted(self.starts, access.addresses, side="right") - 1
+
+    def _units(self, access: Access) -> Integers:
+        """The units of each lane's element, [lanes, units]."""
+        span = self._span(access)
+        first = self.offsets[span] + (access.addresses - self.starts[span]) // self.unit
+        units: Integers = first[:, None] + np.arange(max(1, access.itemsize // self.unit))
+        return units
+
+
+def _spans(arguments: list[Argument]) -> tuple[Integers, Integers]:
+    """Where the memory of all arguments starts and stops, what overlaps in one; an empty span comes first."""
+    spans = [(0, 0)]
+    for argument in sorted(arguments, key=lambda argument: argument.start):
+        start, stop = spans[-1]
+        if argument.start < stop:
+            spans[-1] = start, max(stop, argument.stop)
+        else:
+            spans.append((argument.start, argument.stop))
+    starts, stops = np.array(spans).T
+    return starts, stops
+
+
+def _contradicting(addresses: Integers, stored: NDArray[Any]) -> Truths:
+    """Lanes that store something else than another lane at the same address."""
+    lanes = np.zeros(addresses.shape, bool)
+    order = np.argsort(addresses, kind="stable")
+    # By their bytes, for a NaN does not contradict itself.
+    addresses, stored = addresses[order], stored[order].view(f"u{stored.itemsize}")
+    lanes[order[1:]] = (addresses[1:] == addresses[:-1]) & (stored[1:] != stored[:-1])
+    return lanes
+
+
+def _name(program: int) -> str:
+    if program == SEVERAL:
+        return "more than one program"
+    return f"program {tuple(int(i) for i in np.unravel_index(program, interpreter_builder.grid_dim))}"
+
+
+def _arguments(name: str, value: Any) -> Iterator[Argument]:
+    """The tensors in what a kernel is given under a name: a tensor, a tuple, or anything else."""
+    if isinstance(value, tuple):
+        for i, entry in enumerate(value):
+            yield from _arguments(f"{name}[{i}]", entry)
+    tensor = getattr(value, "base", value)  # of a descriptor, or of a tensor that is to be read as another dtype
+    if isinstance(tensor, torch.Tensor) and tensor.numel():
+        start, itemsize = tensor.data_ptr(), tensor.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        yield Argument(name, start, start + (last + 1) * itemsize, itemsize)
+
+
+class _Watcher:
+    def __init__(self, raising: bool) -> None:
+        self.raising = raising
+        self.faults: list[AccessError] = []
+        self.launch = Launch("", [])
+
+    def access(self, verb: Verb, pointers: TensorHandle, mask: Any, stored: Any = None) -> TensorHandle:
+        """Check what an instruction is about to do; its mask without the lanes that are outside."""
+        enabled = np.array(np.broadcast_to(mask, pointers.data.shape))
+        access = Access(
+            verb,
+            int(np.ravel_multi_index(interpreter_builder.grid_idx, interpreter_builder.grid_dim)),
+            max(1, pointers.get_element_ty().primitive_bitwidth // 8),
+            pointers.data[enabled].astype(np.int64),
+            None if stored is None else np.broadcast_to(stored.data, enabled.shape)[enabled],
+        )
+        inside = self.launch.contains(access)
+        for fault in self.launch.faults(access, inside):
+            self.faults.append(fault)
+            if self.raising:
+                raise fault
+        enabled[enabled] = inside
+        return TensorHandle(enabled, tl.int1)
+
+
+def _watched_operations(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
+    def masked(name: str, verb: Verb, pointers: int, mask: int, stored: int | None = None) -> Callable[..., Any]:
+        """An operation with its pointers, its mask and what it stores at these positions."""
+        upstream = getattr(InterpreterBuilder, name)
+
+        def operation(builder: Any, *operands: Any, **options: Any) -> Any:
+            values = None if stored is None else operands[stored]
+            inside = watcher.access(verb, operands[pointers], operands[mask].data, values)
+            return upstream(builder, *operands[:mask], inside, *operands[mask + 1 :], **options)
+
+        return operation
+
+    upstream_cas, upstream_barrier = InterpreterBuilder.create_atomic_cas, InterpreterBuilder.create_barrier
+
+    def cas(builder: Any, pointers: Any, expected: Any, *rest: Any) -> Any:
+        inside = watcher.access("updates", pointers, True)
+        return upstream_cas(builder, pointers, expected, *rest) if inside else expected  # it takes no mask
+
+    def barrier(builder: Any) -> Any:
+        watcher.launch.barriers += 1
+        return upstream_barrier(builder)
+
+    return {
+        "create_masked_load": masked("create_masked_load", "loads", pointers=0, mask=1),
+        "create_masked_store": masked("create_masked_store", "stores", pointers=0, mask=2, stored=1),
+        "create_atomic_rmw": masked("create_atomic_rmw", "updates", pointers=1, mask=3),
+        "create_atomic_cas": cas,
+        "create_barrier": barrier,
+    }
+
+
+def _watched_launches(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
+    upstream_run, upstream_to_host = GridExecutor.__call__, GridExecutor._init_args_hst
+
+    def to_host(executor: Any, values: Any, options: Any) -> Any:
+        values, options = upstream_to_host(executor, values, options)
+        named = {**dict(zip(executor.arg_names, values, strict=False)), **options}
+        arguments = [argument for name, value in named.items() for argument in _arguments(name, value)]
+        watcher.launch = Launch(executor.fn.__name__, arguments)
+        return values, options
+
+    def run(executor: Any, *values: Any, **options: Any) -> Any:
+        before = len(watcher.faults)
+        try:
+            return upstream_run(executor, *values, **options)
+        except InterpreterError:  # whatever a kernel raises comes wrapped in one
+            if watcher.raising and len(watcher.faults) > before:
+                raise watcher.faults[-1] from None
+            raise
+
+    return {"_init_args_hst": to_host, "__call__": run}

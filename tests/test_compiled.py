@@ -1,0 +1,87 @@
+"""Shipped kernel configurations compile to what the stored table says: no spills, within shared memory, no longer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from bench.compiled import SHARED_MEMORY, TARGETS, Row, jobs, violations
+
+ROOT = Path(__file__).parent.parent
+STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())
+FAST = "^(sine meta_kernel tf32(x3)? sm_[89]0|small classifier .* sm_90)$"
+
+
+def test_what_ships_compiles_to_what_is_stored(tmp_path: Path) -> None:
+    if triton.__version__ != STORED["triton"]:
+        pytest.skip(f"the table is of triton {STORED['triton']}, this is {triton.__version__}")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compiled", "--only", FAST, "--save", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert not violations(rows, STORED["rows"])
+
+
+def test_the_stored_table_has_every_case() -> None:
+    """Where not: python -m bench.compiled --save bench/results/compiled.json."""
+    assert [(row["case"], row["target"]) for row in STORED["rows"]] == [(str(c), t) for c, t in jobs(list(TARGETS))]
+
+
+def row(**changed: Any) -> Row:
+    sound = {"case": "sine meta_kernel tf32", "target": "sm_90", "warps": 4, "registers": 200, "spilled": 0}
+    return sound | {"shared": 20_000, "matrix": 36, "matrix_kind": "HGMMA", "instructions": 1000} | changed
+
+
+def test_a_sound_row_is_no_violation() -> None:
+    assert violations([row(instructions=1100, shared=SHARED_MEMORY["sm_90"], matrix=1)], [row()]) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"spilled": 2}, "spills 2 words"),
+        ({"shared": SHARED_MEMORY["sm_90"] + 1}, "232,449 bytes of shared memory, a program has 232,448"),
+        ({"matrix": 0, "matrix_kind": ""}, "lost its 36 matrix instructions, HGMMA"),
+        ({"instructions": 1101}, "1101 instructions, the stored table 1000"),
+    ],
+)
+def test_each_violation_is_found(changed: dict[str, Any], complaint: str) -> None:
+    (found,) = violations([row(**changed)], [row()])
+    assert found.startswith("sine meta_kernel tf32 on sm_90 ")
+    assert complaint in found
+
+
+def test_a_kernel_without_matrix_instructions_loses_none() -> None:
+    without = row(matrix=0, matrix_kind="")
+    assert violations([without], [without]) == []
+
+
+def test_a_row_that_is_not_stored_is_named() -> None:
+    stored = [row(target="sm_80"), row(case="sine meta_kernel bf16")]
+    assert violations([row()], stored) == ["sine meta_kernel tf32 on sm_90 is not in the stored table"]
+
+
+def test_what_does_not_compile_is_a_violation_and_no_standard_for_what_does() -> None:
+    failed = {"case": "sine meta_kernel tf32", "target": "sm_90", "error": "RuntimeError: no"}
+    assert violations([failed], [row()]) == ["sine meta_kernel tf32 on sm_90 does not compile: RuntimeError: no"]
+    assert violations([row()], [failed]) == []
+
+
+def test_interpreted_kernels_are_not_compiled() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench.compiled"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "unset it" in run.stderr
