@@ -85,7 +85,8 @@ def launch(case: Case) -> None:
 def launch_with_every_argument() -> None:
     """The same calls with all that a caller may leave out, and a layer without what it may leave out, its bias."""
     model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Tanh(), nn.Linear(32, 5))
-    meta = ff.FOMAML(model, backend="triton", loss="cross_entropy", steps=2, momentum=0.9, weight_decay=0.01)
+    inner: dict[str, Any] = {"steps": 2, "momentum": 0.9, "weight_decay": 0.01}
+    meta = ff.FOMAML(model, backend="triton", precision="tf32", loss="cross_entropy", **inner)
     x, y, q, t = torch.randn(3, 5, 16), torch.randint(5, (3, 5)), torch.randn(3, 40, 16), torch.randint(5, (3, 40))
     weights = {"support_weight": torch.rand(3, 5), "query_weight": torch.rand(3, 40), "task_weight": torch.rand(3)}
     meta(x, y, q.requires_grad_(), t, **weights).backward()

@@ -117,7 +117,7 @@ def _bits(x: TensorHandle) -> NDArray[np.uint32]:
 
 
 def _patch_whole_language(_function: Any) -> Any:
-    """Replace the language for a launch: not just in the modules that its kernel sees, for it may call what sees others."""
+    """Replace the language for a launch: in all modules, for its kernel may call what sees others."""
     return _upstream_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
 

@@ -20,7 +20,7 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
 Integers = NDArray[np.int64]
-Truths = NDArray[np.bool_]
+Lanes = NDArray[np.bool_]
 Verb = Literal["loads", "stores", "updates"]  # an update is atomic
 Kind = Literal[
     "outside",  # of every argument, each taken from its first element to its last
@@ -50,17 +50,13 @@ class AccessError(Exception):
 
 @contextmanager
 def watch(raising: bool = True) -> Iterator[list[AccessError]]:
-    """Watch every interpreted launch inside, and yield the list of faults, which grows.
+    """Watch every interpreted launch inside. A fault ends its launch and is raised.
 
-    Args:
-        raising: whether a fault ends its launch with an `AccessError`; if not, launches go on, without the lanes that
-            are outside.
+    If not `raising`, launches go on, without the lanes that are outside, and the list that is yielded has the faults.
     """
     watcher = _Watcher(raising)
-    with (
-        patch.multiple(InterpreterBuilder, **_watched_operations(watcher)),
-        patch.multiple(GridExecutor, **_watched_launches(watcher)),
-    ):
+    operations, launches = _watched_operations(watcher), _watched_launches(watcher)
+    with patch.multiple(InterpreterBuilder, **operations), patch.multiple(GridExecutor, **launches):
         yield watcher.faults
 
 
@@ -73,10 +69,6 @@ class Argument:
     stop: int
     itemsize: int
 
-    def element(self, address: int) -> str:
-        index, rest = divmod(address - self.start, self.itemsize)
-        return f"{self.name}[{index}]" + (f" + {rest} bytes" if rest else "")
-
 
 @dataclass(frozen=True)
 class Access:
@@ -88,91 +80,70 @@ class Access:
     addresses: Integers
     stored: NDArray[Any] | None
 
-    def only(self, lanes: Truths) -> Access:
+    def only(self, lanes: Lanes) -> Access:
         stored = None if self.stored is None else self.stored[lanes]
         return Access(self.verb, self.program, self.itemsize, self.addresses[lanes], stored)
 
 
 class Launch:
-    """The arguments of a launch, and which program did what to each unit of them.
+    """The arguments of a launch, and which program did what to each of their elements.
 
-    A unit is as long as the smallest element of all arguments. Arguments that overlap share their units.
+    An element is known by its first byte, so that arguments may overlap.
     """
 
     def __init__(self, kernel: str, arguments: list[Argument]) -> None:
-        self.kernel, self.arguments = kernel, arguments
-        self.unit = min((argument.itemsize for argument in arguments), default=1)
-        self.starts, self.stops = _spans(arguments)
-        lengths = -(-(self.stops - self.starts) // self.unit)
-        self.offsets = np.cumsum(lengths) - lengths
-        self.programs: dict[Verb, Integers] = {verb: np.full(lengths.sum(), NOBODY) for verb in CONFLICTS}
+        self.kernel = kernel
+        self.arguments = [Argument("null", 0, 0, 1), *arguments]
+        self.starts, self.stops = np.array(_spans(arguments)).T
+        lengths = self.stops - self.starts
+        self.shifts = np.cumsum(lengths) - lengths - self.starts  # from addresses to indices into the following
+        self.programs: dict[Verb, NDArray[np.int32]] = {
+            verb: np.full(lengths.sum(), NOBODY, np.int32) for verb in CONFLICTS
+        }
         self.barriers = 0
-        self.barriers_at_store = np.zeros(lengths.sum(), np.int64)
+        self.barriers_at_store = np.zeros(lengths.sum(), np.int32)
 
-    def contains(self, access: Access) -> Truths:
-        """Which lanes of an access are inside of the arguments."""
-        span = self._span(access)
-        ends = access.addresses + access.itemsize
-        inside: Truths = (self.starts[span] <= access.addresses) & (ends <= self.stops[span])
-        return inside
-
-    def faults(self, access: Access, inside: Truths) -> Iterator[AccessError]:
-        """Compare an access with those before it, then remember it."""
-        for address in access.addresses[~inside][:1]:
-            yield self._outside(access, int(address))
-        access = access.only(inside)
-        units = self._units(access)
-        for kind, lanes, detail in self._checks(access, units):
-            address = int(access.addresses[lanes][0])
-            where = " = ".join(a.element(address) for a in self.arguments if a.start <= address < a.stop)
-            yield self._fault(kind, access, where, detail)
+    def take(self, access: Access) -> tuple[Lanes, list[AccessError]]:
+        """Which lanes are inside of the arguments, and the faults, given all accesses before; this one is the next."""
+        span = np.searchsorted(self.starts, access.addresses, side="right") - 1
+        inside = (self.starts[span] <= access.addresses) & (access.addresses + access.itemsize <= self.stops[span])
+        faults = [] if inside.all() else [self._fault("outside", access.only(~inside), "an element it does not have")]
+        elements, access = (access.addresses + self.shifts[span])[inside], access.only(inside)
+        for kind, lanes, detail in self._checks(access, elements):
+            faults.append(self._fault(kind, access.only(lanes), detail))
         programs = self.programs[access.verb]
-        others = (programs[units] != NOBODY) & (programs[units] != access.program)
-        programs[units] = np.where(others, SEVERAL, access.program)
+        alone = (programs[elements] == NOBODY) | (programs[elements] == access.program)
+        programs[elements] = np.where(alone, access.program, SEVERAL)
         if access.verb == "stores":
-            self.barriers_at_store[units] = self.barriers
+            self.barriers_at_store[elements] = self.barriers
+        return inside, faults
 
-    def _checks(self, access: Access, units: Integers) -> Iterator[tuple[Kind, Truths, str]]:
+    def _checks(self, access: Access, elements: Integers) -> Iterator[tuple[Kind, Lanes, str]]:
         """Each check that fails: in which lanes, and why in the first of them."""
         if (lanes := access.addresses % access.itemsize != 0).any():
             yield "misaligned", lanes, f"at no multiple of {access.itemsize} bytes"
         for verb, kind in CONFLICTS[access.verb].items():
-            programs = self.programs[verb][units]
-            others = (programs != NOBODY) & (programs != access.program)
-            if others.any():
-                yield kind, others.any(axis=1), f"which {_name(programs[others][0])} {verb}"
+            programs = self.programs[verb][elements]
+            if (lanes := (programs != NOBODY) & (programs != access.program)).any():
+                yield kind, lanes, f"which {_name(programs[lanes][0])} {verb}"
         if access.verb == "loads":
-            stored = self.programs["stores"][units] == access.program
-            if (lanes := (stored & (self.barriers_at_store[units] == self.barriers)).any(axis=1)).any():
+            own = self.programs["stores"][elements] == access.program
+            if (lanes := own & (self.barriers_at_store[elements] == self.barriers)).any():
                 yield "no barrier", lanes, "which it stored, with no tl.debug_barrier() since"
         if access.stored is not None and (lanes := _contradicting(access.addresses, access.stored)).any():
             yield "contradiction", lanes, "with two values in one instruction"
 
-    def _outside(self, access: Access, address: int) -> AccessError:
-        def distance(argument: Argument) -> int:
-            return max(argument.start - address, address - argument.stop)
-
-        nearest = min(self.arguments, key=distance, default=Argument("null", 0, 0, 1))
-        size = (nearest.stop - nearest.start) // nearest.itemsize
-        return self._fault("outside", access, nearest.element(address), f"where there are {size} elements")
-
-    def _fault(self, kind: Kind, access: Access, where: str, detail: str) -> AccessError:
-        return AccessError(kind, f"{self.kernel}: {_name(access.program)} {access.verb} {where}, {detail}")
-
-    def _span(self, access: Access) -> Integers:
-        """The last span that starts before each address; where none does, one that does not contain it either."""
-        return np.searchsorted(self.starts, access.addresses, side="right") - 1
-
-    def _units(self, access: Access) -> Integers:
-        """The units of each lane's element, [lanes, units]."""
-        span = self._span(access)
-        first = self.offsets[span] + (access.addresses - self.starts[span]) // self.unit
-        units: Integers = first[:, None] + np.arange(max(1, access.itemsize // self.unit))
-        return units
+    def _fault(self, kind: Kind, access: Access, detail: str) -> AccessError:
+        """The fault of the first lane of an access; its element by the name that each argument there gives it."""
+        address = int(access.addresses[0])
+        nearest = min(self.arguments, key=lambda a: max(a.start - address, address - a.stop))
+        there = [a for a in self.arguments if a.start <= address < a.stop] or [nearest]
+        names = " = ".join(f"{a.name}[{(address - a.start) // a.itemsize}]" for a in there)
+        return AccessError(kind, f"{self.kernel}: {_name(access.program)} {access.verb} {names}, {detail}")
 
 
-def _spans(arguments: list[Argument]) -> tuple[Integers, Integers]:
-    """Where the memory of all arguments starts and stops, what overlaps in one; an empty span comes first."""
+def _spans(arguments: list[Argument]) -> list[tuple[int, int]]:
+    """Where the memory of all arguments starts and stops, in order, what overlaps in one; the first span is empty."""
     spans = [(0, 0)]
     for argument in sorted(arguments, key=lambda argument: argument.start):
         start, stop = spans[-1]
@@ -180,11 +151,10 @@ def _spans(arguments: list[Argument]) -> tuple[Integers, Integers]:
             spans[-1] = start, max(stop, argument.stop)
         else:
             spans.append((argument.start, argument.stop))
-    starts, stops = np.array(spans).T
-    return starts, stops
+    return spans
 
 
-def _contradicting(addresses: Integers, stored: NDArray[Any]) -> Truths:
+def _contradicting(addresses: Integers, stored: NDArray[Any]) -> Lanes:
     """Lanes that store something else than another lane at the same address."""
     lanes = np.zeros(addresses.shape, bool)
     order = np.argsort(addresses, kind="stable")
@@ -205,7 +175,7 @@ def _arguments(name: str, value: Any) -> Iterator[Argument]:
     if isinstance(value, tuple):
         for i, entry in enumerate(value):
             yield from _arguments(f"{name}[{i}]", entry)
-    tensor = getattr(value, "base", value)  # of a descriptor, or of a tensor that is to be read as another dtype
+    tensor = getattr(value, "base", value)  # of a descriptor, or of a tensor to be read as another dtype
     if isinstance(tensor, torch.Tensor) and tensor.numel():
         start, itemsize = tensor.data_ptr(), tensor.element_size()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -218,33 +188,28 @@ class _Watcher:
         self.faults: list[AccessError] = []
         self.launch = Launch("", [])
 
-    def access(self, verb: Verb, pointers: TensorHandle, mask: Any, stored: Any = None) -> TensorHandle:
+    def access(self, verb: Verb, pointers: TensorHandle, mask: Any, stored: TensorHandle | None) -> TensorHandle:
         """Check what an instruction is about to do; its mask without the lanes that are outside."""
         enabled = np.array(np.broadcast_to(mask, pointers.data.shape))
-        access = Access(
-            verb,
-            int(np.ravel_multi_index(interpreter_builder.grid_idx, interpreter_builder.grid_dim)),
-            max(1, pointers.get_element_ty().primitive_bitwidth // 8),
-            pointers.data[enabled].astype(np.int64),
-            None if stored is None else np.broadcast_to(stored.data, enabled.shape)[enabled],
-        )
-        inside = self.launch.contains(access)
-        for fault in self.launch.faults(access, inside):
-            self.faults.append(fault)
-            if self.raising:
-                raise fault
+        program = int(np.ravel_multi_index(interpreter_builder.grid_idx, interpreter_builder.grid_dim))
+        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        values = None if stored is None else np.broadcast_to(stored.data, enabled.shape)[enabled]
+        access = Access(verb, program, itemsize, pointers.data[enabled].astype(np.int64), values)
+        inside, faults = self.launch.take(access)
+        self.faults += faults
+        if faults and self.raising:
+            raise faults[0]
         enabled[enabled] = inside
         return TensorHandle(enabled, tl.int1)
 
 
-def _watched_operations(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
-    def masked(name: str, verb: Verb, pointers: int, mask: int, stored: int | None = None) -> Callable[..., Any]:
-        """An operation with its pointers, its mask and what it stores at these positions."""
+def _watched_operations(watcher: _Watcher) -> dict[str, Any]:
+    def masked(name: str, verb: Verb, *, pointers: int, mask: int, stored: int | None = None) -> Callable[..., Any]:
+        """An operation that has these operands at these positions."""
         upstream = getattr(InterpreterBuilder, name)
 
         def operation(builder: Any, *operands: Any, **options: Any) -> Any:
-            values = None if stored is None else operands[stored]
-            inside = watcher.access(verb, operands[pointers], operands[mask].data, values)
+            inside = watcher.access(verb, operands[pointers], operands[mask].data, stored and operands[stored])
             return upstream(builder, *operands[:mask], inside, *operands[mask + 1 :], **options)
 
         return operation
@@ -252,7 +217,7 @@ def _watched_operations(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
     upstream_cas, upstream_barrier = InterpreterBuilder.create_atomic_cas, InterpreterBuilder.create_barrier
 
     def cas(builder: Any, pointers: Any, expected: Any, *rest: Any) -> Any:
-        inside = watcher.access("updates", pointers, True)
+        inside = watcher.access("updates", pointers, True, None)
         return upstream_cas(builder, pointers, expected, *rest) if inside else expected  # it takes no mask
 
     def barrier(builder: Any) -> Any:
@@ -268,7 +233,7 @@ def _watched_operations(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _watched_launches(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
+def _watched_launches(watcher: _Watcher) -> dict[str, Any]:
     upstream_run, upstream_to_host = GridExecutor.__call__, GridExecutor._init_args_hst
 
     def to_host(executor: Any, values: Any, options: Any) -> Any:
@@ -279,12 +244,11 @@ def _watched_launches(watcher: _Watcher) -> dict[str, Callable[..., Any]]:
         return values, options
 
     def run(executor: Any, *values: Any, **options: Any) -> Any:
-        before = len(watcher.faults)
         try:
             return upstream_run(executor, *values, **options)
-        except InterpreterError:  # whatever a kernel raises comes wrapped in one
-            if watcher.raising and len(watcher.faults) > before:
-                raise watcher.faults[-1] from None
+        except InterpreterError as error:  # which wraps whatever a kernel raises
+            if isinstance(error.__cause__, AccessError):
+                raise error.__cause__ from None
             raise
 
     return {"_init_args_hst": to_host, "__call__": run}

@@ -20,6 +20,16 @@ from bench.compiled import SHARED_MEMORY, TARGETS, Row, jobs, violations
 ROOT = Path(__file__).parent.parent
 STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())
 FAST = "^(sine meta_kernel tf32(x3)? sm_[89]0|small classifier .* sm_90)$"
+# Spills of a few addresses, and what Triton 3.7.1 cannot lower for sm_100.
+KNOWN = {
+    "sine adapt_kernel tf32x3 on sm_80",
+    "sine adapt_kernel tf32x3 on sm_90",
+    "walked meta_kernel tf32 on sm_90",
+    "sine meta_kernel tf32x3 on sm_100",
+    "sine meta_kernel tf32 on sm_100",
+    "sine meta_kernel bf16 on sm_100",
+    "momentum meta_kernel tf32 on sm_100",
+}
 
 
 def test_what_ships_compiles_to_what_is_stored(tmp_path: Path) -> None:
@@ -37,6 +47,11 @@ def test_what_ships_compiles_to_what_is_stored(tmp_path: Path) -> None:
 def test_the_stored_table_has_every_case() -> None:
     """Where not: python -m bench.compiled --save bench/results/compiled.json."""
     assert [(row["case"], row["target"]) for row in STORED["rows"]] == [(str(c), t) for c, t in jobs(list(TARGETS))]
+
+
+def test_the_stored_table_is_sound_but_for_what_is_known() -> None:
+    violated = {f"{row['case']} on {row['target']}" for row in STORED["rows"] if violations([row], [row])}
+    assert violated == KNOWN
 
 
 def row(**changed: Any) -> Row:
