@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .losses import sample_losses
 from .mlp import backward, forward
-from .spec import adapted, depth, every_layer, samples, weight_offset, width
+from .spec import adapted, depth, every_layer, query_loss, samples, support_loss, walked, weight_offset, width
 from .tiles import (
     add_to_partials,
     load_batch,
@@ -43,7 +43,8 @@ def meta_kernel(
     all parameters, summed over each program's tasks, [programs, parameters].  The last three may be None: not wanted.
     """
     i_p = tl.program_id(0)
-    for i in tl.range(i_p, T, tl.num_programs(0)):
+    # What the compiler moves out of a loop occupies registers all through it; where they run short, it stays inside.
+    for i in tl.range(i_p, T, tl.num_programs(0), disable_licm=walked(SPEC)):
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_parameters(p_weights, p_biases, SPEC)
         weights, biases = _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC)
@@ -64,7 +65,7 @@ def meta_kernel(
                     b_loss, sums, i_t, o, Q, SPEC,
                 )  # fmt: skip
         # The mean over no query, 0 * inf, is nan, as torch has it.
-        tl.store(p_loss + i_t, tl.sum(tl.sum(b_loss, 1), 0) * scale)
+        tl.store(p_loss + i_t, tl.sum(b_loss) * scale)
         if p_partials is not None:
             add_to_partials(p_partials, sums, i_p, i > i_p, SPEC)
 
@@ -72,7 +73,7 @@ def meta_kernel(
 @triton.jit(do_not_specialize=["T", "S", "K"])
 def adapt_kernel(p_weights, p_biases, p_inner, p_x, p_y, p_r, p_fast, T, S, K, SPEC: tl.constexpr):
     """Adapt to each task's support set; p_fast: its parameters, [T, parameters].  Others as in `meta_kernel`."""
-    for i in tl.range(tl.program_id(0), T, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=True):
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_parameters(p_weights, p_biases, SPEC)
         weights, biases = _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC)
@@ -113,9 +114,9 @@ def _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexp
     """K steps of gradient descent on the support set of task i_t."""
     scale = 1.0 / total_weight(p_r, i_t, S, SPEC)
     if SPEC.one_support_tile:
-        batch = load_batch(p_x, p_y, p_r, i_t, 0, S, SPEC.loss, SPEC)
+        batch = load_batch(p_x, p_y, p_r, i_t, 0, S, support_loss(SPEC), SPEC)
     velocity = zeros(weights), zeros(biases)
-    for k in range(K):
+    for k in tl.range(0, K, disable_licm=True):
         p_rates = p_inner + 2 + k * depth(SPEC)
         # The gradient is summed right into what it changes: the weights themselves, or their velocity if they have one.
         if SPEC.momentum:
@@ -130,7 +131,7 @@ def _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexp
             sums = _add_gradient(sums, weights, biases, batch, scale, p_rates, SPEC)
         else:
             for o in tl.range(0, S, samples(SPEC)):
-                tile = load_batch(p_x, p_y, p_r, i_t, o, S, SPEC.loss, SPEC)
+                tile = load_batch(p_x, p_y, p_r, i_t, o, S, support_loss(SPEC), SPEC)
                 sums = _add_gradient(sums, weights, biases, tile, scale, p_rates, SPEC)
         if SPEC.momentum:
             velocity = sums
@@ -145,7 +146,7 @@ def _add_gradient(sums, weights, biases, batch, scale, p_rates, SPEC: tl.constex
     """Step against the support loss's gradient over a tile of samples, or with momentum add it to `sums` as it is."""
     b_x, b_y, b_r = batch
     b_out, inputs, kept = forward(b_x, weights, biases, SPEC)
-    _value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), SPEC.loss)
+    _value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), support_loss(SPEC))
     b_d = weighted(b_d, b_r, scale)
     if SPEC.momentum:
         _dx, sums = backward(b_d, weights, inputs, kept, sums, None, adapted(SPEC), False, SPEC)
@@ -160,9 +161,9 @@ def _query_tile(
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of query samples to the loss of its task and to the outer gradient; store what is asked for."""
-    b_x, b_y, b_r = load_batch(p_x, p_y, p_r, i_t, o, Q, SPEC.outer_loss, SPEC)
+    b_x, b_y, b_r = load_batch(p_x, p_y, p_r, i_t, o, Q, query_loss(SPEC), SPEC)
     b_out, inputs, kept = forward(b_x, weights, biases, SPEC)
-    b_value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), SPEC.outer_loss)
+    b_value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), query_loss(SPEC))
     if p_out is not None:
         store_samples(p_out, b_out, i_t, o, Q, width(SPEC, depth(SPEC)), SPEC)
     b_d = weighted(b_d, b_r, scale * share)

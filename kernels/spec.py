@@ -74,6 +74,22 @@ def activation(SPEC, layer):
 
 
 @triton.constexpr_function
+def support_loss(SPEC):
+    return SPEC.loss
+
+
+@triton.constexpr_function
+def query_loss(SPEC):
+    return SPEC.outer_loss
+
+
+@triton.constexpr_function
+def walked(SPEC):
+    """Whether a task's samples are more than a tile."""
+    return not (SPEC.one_support_tile and SPEC.one_query_tile)
+
+
+@triton.constexpr_function
 def adapted(SPEC):
     """Whether each layer moves in the inner loop."""
     return SPEC.adapts

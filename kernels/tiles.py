@@ -145,7 +145,7 @@ def total_weight(p_r, i_t, N, SPEC: tl.constexpr):
         b_sum = tl.zeros([1, samples(SPEC)], tl.float32)
         for o in tl.range(0, N, samples(SPEC)):
             b_sum += _load_weights(p_r, i_t, o, N, SPEC)
-        b_total = tl.sum(tl.sum(b_sum, 1), 0)
+        b_total = tl.sum(b_sum)
     return b_total
 
 

@@ -92,14 +92,11 @@ class Launch:
     """
 
     def __init__(self, kernel: str, arguments: list[Argument]) -> None:
-        self.kernel = kernel
-        self.arguments = [Argument("null", 0, 0, 1), *arguments]
+        self.kernel, self.arguments = kernel, [Argument("null", 0, 0, 1), *arguments]
         self.starts, self.stops = np.array(_spans(arguments)).T
         lengths = self.stops - self.starts
         self.shifts = np.cumsum(lengths) - lengths - self.starts  # from addresses to indices into the following
-        self.programs: dict[Verb, NDArray[np.int32]] = {
-            verb: np.full(lengths.sum(), NOBODY, np.int32) for verb in CONFLICTS
-        }
+        self.programs = {verb: np.full(lengths.sum(), NOBODY, np.int32) for verb in CONFLICTS}
         self.barriers = 0
         self.barriers_at_store = np.zeros(lengths.sum(), np.int32)
 
@@ -109,8 +106,7 @@ class Launch:
         inside = (self.starts[span] <= access.addresses) & (access.addresses + access.itemsize <= self.stops[span])
         faults = [] if inside.all() else [self._fault("outside", access.only(~inside), "an element it does not have")]
         elements, access = (access.addresses + self.shifts[span])[inside], access.only(inside)
-        for kind, lanes, detail in self._checks(access, elements):
-            faults.append(self._fault(kind, access.only(lanes), detail))
+        faults += [self._fault(kind, access.only(lanes), why) for kind, lanes, why in self._checks(access, elements)]
         programs = self.programs[access.verb]
         alone = (programs[elements] == NOBODY) | (programs[elements] == access.program)
         programs[elements] = np.where(alone, access.program, SEVERAL)
@@ -133,22 +129,21 @@ class Launch:
         if access.stored is not None and (lanes := _contradicting(access.addresses, access.stored)).any():
             yield "contradiction", lanes, "with two values in one instruction"
 
-    def _fault(self, kind: Kind, access: Access, detail: str) -> AccessError:
+    def _fault(self, kind: Kind, access: Access, why: str) -> AccessError:
         """The fault of the first lane of an access; its element by the name that each argument there gives it."""
         address = int(access.addresses[0])
         nearest = min(self.arguments, key=lambda a: max(a.start - address, address - a.stop))
         there = [a for a in self.arguments if a.start <= address < a.stop] or [nearest]
         names = " = ".join(f"{a.name}[{(address - a.start) // a.itemsize}]" for a in there)
-        return AccessError(kind, f"{self.kernel}: {_name(access.program)} {access.verb} {names}, {detail}")
+        return AccessError(kind, f"{self.kernel}: {_name(access.program)} {access.verb} {names}, {why}")
 
 
 def _spans(arguments: list[Argument]) -> list[tuple[int, int]]:
     """Where the memory of all arguments starts and stops, in order, what overlaps in one; the first span is empty."""
     spans = [(0, 0)]
     for argument in sorted(arguments, key=lambda argument: argument.start):
-        start, stop = spans[-1]
-        if argument.start < stop:
-            spans[-1] = start, max(stop, argument.stop)
+        if argument.start < spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], argument.stop)
         else:
             spans.append((argument.start, argument.stop))
     return spans
