@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test test-virtual-gpu test-triton-versions lint bench gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -13,6 +13,14 @@ demo: .venv/demo ## meta-train the sine regression of the MAML paper and show wh
 test: .venv/dev lint ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
+test-virtual-gpu: .venv/dev ## kernel tests on an emulator of GPUs: VIRTUAL_GPU=folder of its pytest plugin `virtual_gpu`
+	for arch in 80 90; do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
+		$(BIN)/python -m pytest -n 2 -p virtual_gpu --kernels=driver tests/test_resident.py || exit; done
+
+test-triton-versions: .venv/dev .venv/triton-3.6.0 .venv/triton-newest ## kernel tests under the oldest, pinned and newest Triton
+	for triton in triton-3.6.0 . triton-newest; do PYTHONPATH=.venv/$$triton TRITON_CACHE_DIR=.venv/cache/$$triton \
+		$(BIN)/python -m pytest -n 2 tests/test_resident.py tests/test_interpreter.py || exit; done
+
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -22,8 +30,9 @@ bench: .venv/dev ## time the workloads against their peers and print the table
 	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json
 
-gpu: ## the GPU suite (not there yet: the kernels come first)
-	@echo "there is no GPU engine yet; 'fomaml-fused doctor' says what runs on this machine" >&2; exit 1
+gpu: ## test and time the kernels on this machine's GPU, with its own Python and no download; results go to OUT
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}"
 
 clean: ## remove what the other targets made
 	rm -rf .venv runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -32,3 +41,10 @@ clean: ## remove what the other targets made
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
+
+# Triton alone, in front of the environment's own; NumPy with the oldest, whose interpreter newer ones break.
+.venv/triton-3.6.0: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0 'numpy<2.4'
+
+.venv/triton-newest: .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton

@@ -106,7 +106,7 @@ class Case:
     def options(self, target: GPUTarget) -> dict[str, Any]:
         """The options that the engine launches with."""
         if self.precision is None:
-            return {"num_warps": 4}
+            return fused.REDUCTION_OPTIONS
         options: dict[str, Any] = {"num_warps": self.config(target).warps, "num_stages": 1, "enable_fp_fusion": True}
         return options | ({"maxnreg": REGISTERS} if target.backend == "cuda" else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -113,7 +114,7 @@ def test_every_precision(widths: tuple[int, ...], precision: str) -> None:
 
 
 @given(case=cases())
-@settings(max_examples=25)
+@settings(max_examples=25 if os.environ.get("TRITON_INTERPRET") == "1" else 8)  # each compiles four kernels elsewhere
 def test_random_problems(case: Case) -> None:
     if "callable" not in (case.loss, case.outer_loss):
         check(case)
@@ -174,8 +175,8 @@ def test_predict_is_the_same_when_tasks_are_adapted_anew_in_chunks() -> None:
 def test_samples_of_a_tile_change_nothing_but_rounding() -> None:
     from fomaml_fused.kernels.configuration import Config
 
-    case = Case(widths=(3, 17, 5), shots=40, queries=33, steps=2)
-    with ff.override(config=Config(warps=4, samples=64)):
+    case = Case(widths=(3, 17, 5), shots=30, queries=20, steps=2)
+    with ff.override(config=Config(warps=4, samples=32)):
         one = by_kernels(case)
     assert_close(by_kernels(case), one, 1e-6)
 

@@ -23,8 +23,9 @@ from ..kernels.spec import Spec, bias_offset, weight_offset
 from ..problem import Loss, Problem
 from . import FlatParameters, Gradients, Planned
 
-# Columns and rows of a tile of the ordered reduction.
+# The ordered reduction: rows and columns of a tile, and how it is launched.
 REDUCTION = {"ROWS": 16, "BLOCK": 64}
+REDUCTION_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 # The kernels use up to 255 registers a thread, and a multiprocessor has 65,536: room for eight warps of theirs.
 WARPS_PER_MULTIPROCESSOR = 8
 INTERPRETED_PROGRAMS = 4  # one after another anyway; few, so that programs walk over tasks as they do on a device
@@ -144,7 +145,7 @@ def step(
             **_options(plan),
         )  # fmt: skip
         outer.reduce_kernel[blocks + 1,](
-            partials, gradient, losses, shares, share_of_all, value, programs, length, tasks, **REDUCTION, num_warps=4
+            partials, gradient, losses, shares, share_of_all, value, programs, length, tasks, **REDUCTION, **REDUCTION_OPTIONS
         )
     return value, dx, _split(spec, gradient, len(parameters), needed[1:])
 
@@ -190,7 +191,7 @@ def query_backward(
         )
         if partials is not None:
             outer.reduce_kernel[triton.cdiv(length, REDUCTION["BLOCK"]),](
-                partials, gradient, None, None, 0.0, None, programs, length, 0, **REDUCTION, num_warps=4
+                partials, gradient, None, None, 0.0, None, programs, length, 0, **REDUCTION, **REDUCTION_OPTIONS
             )
     return dx, _split(spec, gradient, len(needed), needed)
 
