@@ -255,6 +255,17 @@ def render(rows: list[Row]) -> str:
     return "\n".join([*lines, *(f"{row['case']}  {row['target']}  {row['error']}" for row in rows if "error" in row)])
 
 
+def markdown(rows: list[Row], case: str) -> str:
+    """The rows of a case as a Markdown table."""
+    columns = ("target", "registers", "spilled", "shared", "matrix", "instructions")
+    lines = [f"| precision | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        name, _, precision = row["case"].rpartition(" ")
+        if name == case:
+            lines.append(f"| {precision} | {' | '.join(str(row[column]) for column in columns)} |")
+    return "\n".join(lines)
+
+
 def _compile_into(folder: str) -> None:
     triton.knobs.cache.dir = folder
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from bench import compiled, counted
 from bench.report import render
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,13 @@ def test_the_readme_runs_as_it_stands() -> None:
 def test_the_table_of_figures_is_the_stored_one() -> None:
     stored = json.loads((ROOT / "bench" / "results" / "cpu-2-cores.json").read_text())
     assert render(stored) in (ROOT / "README.md").read_text()
+
+
+def test_the_kernels_page_shows_what_was_counted_and_compiled() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert counted.render(json.loads((ROOT / "bench" / "results" / "counted.json").read_text())) in text
+    rows = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())["rows"]
+    assert compiled.markdown(rows, "sine meta_kernel") in text
 
 
 def test_docs_link_to_what_is_there() -> None:

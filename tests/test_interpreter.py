@@ -72,21 +72,24 @@ def test_tf32_dot_drops_13_bits_of_each_operand() -> None:
 
 
 @triton.jit
-def _chain(p_x, p_y, p_out, p_sum):
-    b_x, b_y = tl.load(p_x + tl.arange(0, 64)), tl.load(p_y + tl.arange(0, 64))
+def _chain(p_x, p_y, p_out, p_less, p_sum):
+    o = tl.arange(0, 64)
+    b_x, b_y = tl.load(p_x + o), tl.load(p_y + o)
     b_z = (b_x * b_y + 0.3) * b_y - -b_x
+    tl.store(p_less + o, b_z < b_x)
     b_z = tl.where(b_z < b_x, tl.abs(b_z) + tl.full([64], 0.7, tl.bfloat16), tl.fma(b_x, b_y, b_z))
-    tl.store(p_out + tl.arange(0, 64), b_z)
+    tl.store(p_out + o, b_z)
     tl.store(p_sum, tl.sum(tl.where(b_z > 0, -1.0, 2.0).to(tl.bfloat16), 0))
 
 
 def test_bfloat16_elementwise_and_sum() -> None:
     x, y = torch.randn(2, 64).bfloat16()
-    out, total = torch.empty(64).bfloat16(), torch.empty(()).bfloat16()
-    _chain[1,](x, y, out, total)
+    out, less, total = torch.empty(64).bfloat16(), torch.empty(64).bool(), torch.empty(()).bfloat16()
+    _chain[1,](x, y, out, less, total)
     z = (x * y + tensor(0.3).bfloat16()) * y + x
     fma = (x.float() * y.float() + z.float()).bfloat16()
-    assert torch.equal(out, torch.where(z < x, z.abs() + tensor(0.7).bfloat16(), fma))
+    assert torch.equal(less, z < x)
+    assert torch.equal(out, torch.where(less, z.abs() + tensor(0.7).bfloat16(), fma))
     assert total == torch.where(out > 0, -1.0, 2.0).sum()
 
 
@@ -111,9 +114,12 @@ def test_bfloat16_casts(dtype: torch.dtype) -> None:
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
     ulp = 2.0**-7
-    x = tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, 3.4e38, inf, nan, 0.0]).repeat(4)
-    expected = tensor([1.0, 1 + 2 * ulp, 1 + ulp, -1.0, inf, inf, nan, 0.0]).repeat(4)
-    torch.testing.assert_close(cast(x, torch.bfloat16).float(), expected, rtol=0, atol=0, equal_nan=True)
+    long_nan = tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x = tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, 3.4e38, inf, long_nan, 2**-130]).repeat(4)
+    expected = tensor([1.0, 1 + 2 * ulp, 1 + ulp, -1.0, inf, inf, nan, 2**-130]).repeat(4)
+    rounded = cast(x, torch.bfloat16)
+    for y in rounded.float(), cast(rounded, torch.float32):
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit
@@ -130,7 +136,7 @@ def test_device_assert_fires() -> None:
 @triton.jit
 def _sums(p_x):
     for _ in range(5):
-        tl.store(p_x, tl.sum(tl.load(p_x + tl.arange(0, 4)), 0))
+        tl.store(p_x, tl.sum(tl.load(p_x + tl.arange(0, 4)) + tl.zeros([4], tl.float32), 0))
 
 
 def test_a_launch_replaces_the_language_once_and_restores_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +177,9 @@ def _update_sum(p_x, p_sum, LOADER: tl.constexpr, STORER: tl.constexpr):
     if tl.program_id(0) == LOADER:
         tl.load(p_sum)
     elif tl.program_id(0) == STORER:
-        tl.store(p_sum, 0.0)
+        tl.store(p_sum, 0)
+    elif p_x is None:
+        tl.atomic_cas(p_sum, 1, 2)
     else:
         tl.atomic_add(p_sum, tl.load(p_x))
 
@@ -184,6 +192,7 @@ def _store_pairs(p_x, p_out):
 @triton.jit
 def _reverse_twice(p_x, BARRIER: tl.constexpr):
     o = tl.arange(0, 4)
+    tl.debug_barrier()
     tl.store(p_x + 3 - o, tl.load(p_x + o))
     if BARRIER:
         tl.debug_barrier()
@@ -195,6 +204,7 @@ FAULTS: list[tuple[str, str, Callable[[], object]]] = [
     ("outside", "(0, 0, 0) loads null[0]", lambda: _copy[1,]((None, ones(0)), ones(0), 4)),
     ("outside", "(0, 1, 0) stores p_out[-1]", lambda: _store_number[1, 2](ones(8)[4:], -1)),
     ("outside", "(0, 0, 0) updates null[0]", lambda: _update_sum[1,](ones(1), ones(0), 9, 9)),
+    ("outside", "(0, 0, 0) updates null[0]", lambda: _update_sum[1,](None, ones(0).int(), 9, 9)),
     ("misaligned", "(0, 0, 0) loads p_x[0]", lambda: _load_beside[1,](ones(2))),
     ("write-write race", "(0, 1, 0) stores p_out[0]", lambda: _store_number[1, 2](ones(1), 0)),
     ("read-write race", "(1, 0, 0) loads p_x[1] = p_out[0]", lambda: _store_in_one[2,]((x := ones(4))[:3], x[1:], 0)),
@@ -203,6 +213,7 @@ FAULTS: list[tuple[str, str, Callable[[], object]]] = [
     ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 0, 9)),
     ("atomic and plain", "(1, 0, 0) stores p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 9, 1)),
     ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 9, 0)),
+    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](None, ones(1).int(), 9, 0)),
     ("contradiction", "(0, 0, 0) stores p_out[1]", lambda: _store_pairs[1,](tensor([1.0, 1, 2, 3]), ones(2))),
     ("no barrier", "(0, 0, 0) loads p_x[0]", lambda: _reverse_twice[1,](ones(4), False)),
 ]
@@ -229,7 +240,8 @@ def test_nothing_is_stored_outside() -> None:
     out = zeros(8)
     with watch(raising=False) as faults:
         _copy[2,]((None, ones(8)), out[:6], 8)
-    assert len(faults) == 1
+        _store_number[1, 2](out, -(2**61))  # so far out that its address is negative
+    assert [fault.kind for fault in faults] == ["outside", "outside"]
     assert out.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
@@ -237,7 +249,8 @@ def test_sound_kernels_raise_nothing() -> None:
     x, out = arange(8.0), torch.empty(8)
     with watch() as faults:
         _copy[2,]((None, x[:7]), out[:7], 7)
-        _copy[2,]((None, x), x, 8)
+        _copy[2,]((x[2:4], x), x, 8)
+        _copy[2,]((x[:4], x[2:]), torch.empty(6), 6)
         _store_number[1, 3](out, 1)
         _store_in_one[2,](x, x[2:], 0)
         _update_sum[3,](x[1:], x, 9, 9)
