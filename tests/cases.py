@@ -142,8 +142,18 @@ class Solution:
     values: dict[str, Tensor]
 
     @classmethod
-    def of(cls, loss: Callable[..., Tensor], case: Case, model: nn.Module, dtype: torch.dtype) -> Solution:
-        """loss: takes the keywords of a call, on the model's device, and gives the meta-loss of `model`."""
+    def of(
+        cls,
+        loss: Callable[..., Tensor],
+        case: Case,
+        model: nn.Module,
+        dtype: torch.dtype,
+        per_task: bool = True,
+    ) -> Solution:
+        """loss: takes the keywords of a call, on the model's device, and gives the meta-loss of `model`.
+
+        per_task: solve for the losses of the tasks too, and for their gradients under cotangents.
+        """
         device = next(model.parameters()).device
         batch = {name: t.detach().to(device) for name, t in case.batch(dtype).items()}
         batch["query_x"].requires_grad_()
@@ -154,11 +164,13 @@ class Solution:
             return {f"{label} d/d {name}": g for name, g in zip(inputs, found, strict=True)}
 
         reduced = loss(**batch, reduction=case.reduction if case.reduction != "none" else "mean")
-        per_task = loss(**batch, reduction="none")
+        values = {"reduced": reduced.detach()} | gradients(reduced, None, "reduced")
+        if not per_task:
+            return cls(values)
+        losses = loss(**batch, reduction="none")
         cotangent = torch.randn(case.tasks, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         cotangent = cotangent.to(device, dtype)
-        values = {"reduced": reduced.detach(), "per task": per_task.detach()}
-        return cls(values | gradients(reduced, None, "reduced") | gradients(per_task, cotangent, "per task"))
+        return cls(values | {"per task": losses.detach()} | gradients(losses, cotangent, "per task"))
 
     def vectors(self) -> dict[str, Tensor]:
         """The values, the gradients with respect to all parameters as one vector each."""
@@ -196,8 +208,9 @@ def assert_no_worse_than_twice(actual: Solution, own: Sequence[Solution], expect
     The gradient of all parameters counts as the one vector it is: a scalar in it, left over where large terms cancel,
     says nothing about either side. That each tensor of it is right, double precision shows.
     """
-    for name, value in expected.vectors().items():
-        error = relative_error(actual.vectors()[name], value)
+    for name, found in actual.vectors().items():
+        value = expected.vectors()[name]
+        error = relative_error(found, value)
         own_error = max(relative_error(solution.vectors()[name], value) for solution in own)
         assert error <= 2.0 * own_error + 1e-6, f"{name}: relative error {error:.2e}, torch's own is {own_error:.2e}"
 

@@ -24,13 +24,15 @@ def kernel_device() -> torch.device:
     return device
 
 
-def by_kernels(case: Case, precision: str = "highest", dtype: torch.dtype = torch.float32) -> Solution:
+def by_kernels(
+    case: Case, precision: str = "highest", dtype: torch.dtype = torch.float32, per_task: bool = True
+) -> Solution:
     """The fused engine; an error if it does not take the case."""
     model = case.model(dtype).to(kernel_device())
     meta = ff.FOMAML(model, **case.options(), backend="triton", precision=precision)
     plan = meta.plan(case.tasks, case.shots, case.queries)
     assert plan.engine == "resident", plan.reason
-    return Solution.of(meta, case, model, dtype)
+    return Solution.of(meta, case, model, dtype, per_task)
 
 
 def in_precision(case: Case, precision: str) -> list[Solution]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, arange, inf, nan, ones, tensor, zeros
+from torch import Tensor, arange, float32, frombuffer, half, inf, nan, ones, tensor, zeros
 from triton.runtime import interpreter
 
 from .interpreter import mend
@@ -33,7 +33,7 @@ if not INTERPRETED:
         # Options for this process, such as where kernels run, are not for that one.
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
         root = Path(__file__).parents[1]
-        done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, check=False)
+        done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -65,7 +65,7 @@ def test_bfloat16_dot() -> None:
 
 def test_tf32_dot_drops_13_bits_of_each_operand() -> None:
     x, eye = torch.randn(16, 16), torch.eye(16)
-    dropped = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    dropped = (x.view(torch.int32) & ~0x1FFF).view(float32)
     assert torch.equal(dot(x, eye, "tf32"), dropped)
     assert torch.equal(dot(eye, x, "tf32"), dropped)
     assert torch.equal(dot(x, eye, "ieee"), x)
@@ -105,7 +105,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [float32, half, torch.int32, torch.int8], ids=str)
 def test_bfloat16_casts(dtype: torch.dtype) -> None:
     x = (torch.randn(32) * 50).to(dtype)
     assert torch.equal(cast(x, torch.bfloat16), x.bfloat16())
@@ -114,11 +114,11 @@ def test_bfloat16_casts(dtype: torch.dtype) -> None:
 
 def test_bfloat16_rounds_to_nearest_even() -> None:
     ulp = 2.0**-7
-    long_nan = tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    x = tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, 3.4e38, inf, long_nan, 2**-130]).repeat(4)
-    expected = tensor([1.0, 1 + 2 * ulp, 1 + ulp, -1.0, inf, inf, nan, 2**-130]).repeat(4)
+    x = tensor([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.51 * ulp, -1 - ulp / 2, 3.4e38, inf, 2**-130, nan]).repeat(4)
+    x.view(torch.int32)[-1] = 0x7FFFFFFF  # a NaN too
+    expected = tensor([1.0, 1 + 2 * ulp, 1 + ulp, -1.0, inf, inf, 2**-130, nan]).repeat(4)
     rounded = cast(x, torch.bfloat16)
-    for y in rounded.float(), cast(rounded, torch.float32):
+    for y in rounded.float(), cast(rounded, float32):
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -155,25 +155,20 @@ def _copy(p_xs, p_out, N):
 
 
 @triton.jit
-def _load_beside(p_x):
-    tl.load((p_x.to(tl.int64) + 2).to(p_x.dtype))
+def _number(p_out, stride):
+    tl.store(p_out + tl.program_id(1) * stride, tl.program_id(1))
 
 
 @triton.jit
-def _store_number(p_out, STRIDE: tl.constexpr):
-    tl.store(p_out + tl.program_id(1) * STRIDE, tl.program_id(1))
-
-
-@triton.jit
-def _store_in_one(p_x, p_out, WRITER: tl.constexpr):
+def _race(p_x, WRITER: tl.constexpr):
     if tl.program_id(0) == WRITER:
-        tl.store(p_out, 5.0)
+        tl.store(p_x + 1, 5.0)
     else:
         tl.load(p_x + 1)
 
 
 @triton.jit
-def _update_sum(p_x, p_sum, LOADER: tl.constexpr, STORER: tl.constexpr):
+def _update(p_x, p_sum, LOADER: tl.constexpr, STORER: tl.constexpr):
     if tl.program_id(0) == LOADER:
         tl.load(p_sum)
     elif tl.program_id(0) == STORER:
@@ -202,18 +197,19 @@ def _reverse_twice(p_x, BARRIER: tl.constexpr):
 FAULTS: list[tuple[str, str, Callable[[], object]]] = [
     ("outside", "(1, 0, 0) loads p_xs[1][6]", lambda: _copy[2,]((None, ones(6)), ones(8), 8)),
     ("outside", "(0, 0, 0) loads null[0]", lambda: _copy[1,]((None, ones(0)), ones(0), 4)),
-    ("outside", "(0, 1, 0) stores p_out[-1]", lambda: _store_number[1, 2](ones(8)[4:], -1)),
-    ("outside", "(0, 0, 0) updates null[0]", lambda: _update_sum[1,](ones(1), ones(0), 9, 9)),
-    ("outside", "(0, 0, 0) updates null[0]", lambda: _update_sum[1,](None, ones(0).int(), 9, 9)),
-    ("misaligned", "(0, 0, 0) loads p_x[0]", lambda: _load_beside[1,](ones(2))),
-    ("write-write race", "(0, 1, 0) stores p_out[0]", lambda: _store_number[1, 2](ones(1), 0)),
-    ("read-write race", "(1, 0, 0) loads p_x[1] = p_out[0]", lambda: _store_in_one[2,]((x := ones(4))[:3], x[1:], 0)),
-    ("read-write race", "(2, 0, 0) stores p_x[1] = p_out[0]", lambda: _store_in_one[3,]((x := ones(4))[:3], x[1:], 2)),
-    ("atomic and plain", "(1, 0, 0) loads p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 1, 9)),
-    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 0, 9)),
-    ("atomic and plain", "(1, 0, 0) stores p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 9, 1)),
-    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](ones(1), ones(1), 9, 0)),
-    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update_sum[2,](None, ones(1).int(), 9, 0)),
+    ("outside", "(0, 1, 0) stores p_out[-1]", lambda: _number[1, 2](ones(8)[4:], -1)),
+    ("outside", "(0, 0, 0) updates null[0]", lambda: _update[1,](ones(1), ones(0), 9, 9)),
+    ("outside", "(0, 0, 0) updates null[0]", lambda: _update[1,](None, ones(0).int(), 9, 9)),
+    ("misaligned", "(0, 0, 0) stores p_out[0]", lambda: _number[1,](frombuffer(bytearray(3), dtype=half, offset=1), 0)),
+    ("write-write race", "(0, 1, 0) stores p_out[0]", lambda: _number[1, 2](ones(1), 0)),
+    ("read-write race", "(1, 0, 0) loads p_x[1], which program (0, 0, 0) stores", lambda: _race[2,](ones(2), 0)),
+    ("read-write race", "(2, 0, 0) stores p_x[1], which more than one program loads", lambda: _race[3,](ones(2), 2)),
+    ("read-write race", "(1, 0, 0) stores p_xs[1][3] = p_out[4]", lambda: _copy[2,]((None, (x := ones(9))[1:]), x, 8)),
+    ("atomic and plain", "(1, 0, 0) loads p_sum[0]", lambda: _update[2,](ones(1), ones(1), 1, 9)),
+    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update[2,](ones(1), ones(1), 0, 9)),
+    ("atomic and plain", "(1, 0, 0) stores p_sum[0]", lambda: _update[2,](ones(1), ones(1), 9, 1)),
+    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update[2,](ones(1), ones(1), 9, 0)),
+    ("atomic and plain", "(1, 0, 0) updates p_sum[0]", lambda: _update[2,](None, ones(1).int(), 9, 0)),
     ("contradiction", "(0, 0, 0) stores p_out[1]", lambda: _store_pairs[1,](tensor([1.0, 1, 2, 3]), ones(2))),
     ("no barrier", "(0, 0, 0) loads p_x[0]", lambda: _reverse_twice[1,](ones(4), False)),
 ]
@@ -221,7 +217,7 @@ FAULTS: list[tuple[str, str, Callable[[], object]]] = [
 
 @pytest.mark.parametrize(("kind", "what", "launch"), FAULTS, ids=[f"{kind}: {what}" for kind, what, _ in FAULTS])
 def test_a_fault_is_seen(kind: str, what: str, launch: Callable[[], object]) -> None:
-    with watch(), pytest.raises(AccessError, match=f"^{kind}: _.*: program {re.escape(what)}, ") as caught:
+    with watch(), pytest.raises(AccessError, match=f"^{kind}: _.*: program {re.escape(what)}") as caught:
         launch()
     assert caught.value.kind == kind
     with watch(raising=False) as faults:
@@ -229,18 +225,11 @@ def test_a_fault_is_seen(kind: str, what: str, launch: Callable[[], object]) -> 
     assert {fault.kind for fault in faults} == {kind}
 
 
-def test_a_fault_names_what_it_conflicts_with() -> None:
-    with watch(), pytest.raises(AccessError, match=r", which program \(0, 0, 0\) stores$"):
-        _store_number[1, 2](ones(1), 0)
-    with watch(), pytest.raises(AccessError, match=r", which more than one program loads$"):
-        _store_in_one[3,](x := ones(2), x[1:], 2)
-
-
 def test_nothing_is_stored_outside() -> None:
     out = zeros(8)
     with watch(raising=False) as faults:
+        _number[1, 2](out, -(2**61))  # to an address below 0
         _copy[2,]((None, ones(8)), out[:6], 8)
-        _store_number[1, 2](out, -(2**61))  # so far out that its address is negative
     assert [fault.kind for fault in faults] == ["outside", "outside"]
     assert out.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
 
@@ -251,10 +240,9 @@ def test_sound_kernels_raise_nothing() -> None:
         _copy[2,]((None, x[:7]), out[:7], 7)
         _copy[2,]((x[2:4], x), x, 8)
         _copy[2,]((x[:4], x[2:]), torch.empty(6), 6)
-        _store_number[1, 3](out, 1)
-        _store_in_one[2,](x, x[2:], 0)
-        _update_sum[3,](x[1:], x, 9, 9)
+        _number[1, 3](out, 1)
+        _update[3,](x[1:], x, 9, 9)
         _store_pairs[1,](tensor([1.0, 1, nan, nan]), out)
         _reverse_twice[1,](x[4:], True)
     assert faults == []
-    assert (x.tolist(), out[2:7].tolist()) == ([3, 1, 5, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6])
+    assert (x.tolist(), out[2:7].tolist()) == ([3, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6])

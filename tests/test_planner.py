@@ -1,6 +1,12 @@
 """The planner: its choices follow the mathematics, its bound holds, its explanation can be read."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,3 +155,104 @@ def test_the_explanation_names_what_was_chosen_and_what_was_not() -> None:
         assert expected in text
     assert "autograd" in str(plan(mlp(3, 2), 1, 1, 1, backend="reference"))
     assert "does not move" in str(plan(mlp(3, 4, 2), 1, 1, 1, adapt="head"))
+
+
+def test_networks_that_fit_on_chip_run_in_the_resident_kernel() -> None:
+    chosen = plan(mlp(1, 40, 40, 1), 25, 10, 10, steps=5, backend="triton", precision="high")
+    assert (chosen.engine, chosen.precision, chosen.chunk) == ("resident", "tf32", 25)
+    assert "4 warps, tiles of 16 samples, products in tf32" in str(chosen)
+    assert "all dual" in str(chosen)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (mlp(64, 256, 256, 5), {}, "65,536 numbers when padded, is more than a program holds on chip"),
+        (mlp(64, 64, 64, 64, 64), {"precision": "tf32"}, r"about \d+ registers a thread.*a thread has 255"),
+        (mlp(3, 4).double(), {}, "kernels compute in float32, the model is float64"),
+        (mlp(3, 4), {"loss": torch.nn.functional.mse_loss}, "loss is a callable"),
+        (mlp(3, 4), {"outer_loss": torch.nn.functional.mse_loss}, "outer_loss is a callable"),
+    ],
+    ids=["width", "registers", "float64", "callable", "outer callable"],
+)
+def test_what_no_kernel_takes_runs_elsewhere_and_says_why(
+    model: nn.Module, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.warns(UserWarning, match=f"runs the batched engine instead: .*{reason}"):
+        chosen = plan(model, 7, 5, 5, backend="triton", **options)
+    assert chosen.engine == "batched"
+    assert re.search(f"the resident kernel cannot run: .*{reason}", str(chosen))
+
+
+def test_shared_memory_that_a_device_lacks_is_known_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fomaml_fused.engines import fused
+
+    monkeypatch.setattr(fused, "shared_memory", lambda device: 10_000)
+    with pytest.warns(UserWarning, match=r"about [\d,]+ bytes of shared memory, and a program has 10,000"):
+        assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "batched"
+
+
+def test_without_interpreter_and_driver_the_error_says_the_ways_out() -> None:
+    program = """
+import torch, fomaml_fused as ff
+model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+ff.FOMAML(model)(*[torch.ones(2, 5, n) for n in (3, 4, 3, 4)])
+ff.FOMAML(model, backend="triton").plan(2, 5)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "VIRTUAL_GPU")}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: backend 'triton' cannot run on cpu tensors: Triton"), run.stderr
+    assert "TRITON_INTERPRET=1" in last
+    assert "backend 'torch'" in last
+
+
+@pytest.mark.parametrize(
+    ("setting", "operands"),
+    [("highest", "tf32x3"), ("high", "tf32"), ("medium", "bf16"), ("ieee", "ieee"), ("fp16", "fp16")],
+)
+def test_the_precision_of_kernels(setting: str, operands: str) -> None:
+    assert plan(mlp(3, 4), 2, 5, 5, backend="triton", precision=setting).precision == operands
+    if setting in ("highest", "high", "medium"):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(setting)
+        assert plan(mlp(3, 4), 2, 5, 5, backend="triton").precision == operands
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_decides_where_no_precision_is_given() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plan(mlp(3, 4), 2, 5, 5, backend="triton").precision == "bf16"
+        assert plan(mlp(3, 4), 2, 5, 5, backend="triton", precision="tf32").precision == "tf32"
+
+
+def test_what_is_said_of_shared_memory_covers_what_was_compiled() -> None:
+    """And every configuration that ships is said to fit."""
+    from fomaml_fused.kernels.resources import REGISTERS, resident_need
+
+    from bench.compiled import TARGETS, jobs
+    from fomaml_fused.engines.fused import spec_of
+
+    stored = json.loads((Path(__file__).parent.parent / "bench" / "results" / "compiled.json").read_text())["rows"]
+    checked = 0
+    for (case, target), row in zip(jobs(list(TARGETS)), stored, strict=True):
+        if case.precision is not None:
+            config = case.config(TARGETS[target])
+            need = resident_need(spec_of(case.problem, case.shots, case.queries, case.precision, config), config)
+            assert need.registers <= REGISTERS
+            assert row["shared"] <= need.shared, (str(case), target)
+            checked += 1
+    assert checked > 40
+
+
+def test_memory_does_not_grow_with_tasks() -> None:
+    """In the fused engine beyond a loss a task: programs walk over tasks."""
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    meta = ff.FOMAML(model, backend="triton")
+    peaks = []
+    for tasks in (20, 60):
+        with PeakMemory() as memory:
+            meta(*[torch.randn(tasks, 2, 1) for _ in range(4)])
+        data = 4 * tasks * 2 * 4
+        peaks.append(memory.peak - data)
+    assert peaks[1] - peaks[0] <= 4 * 40

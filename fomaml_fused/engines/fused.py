@@ -145,7 +145,17 @@ def step(
             **_options(plan),
         )  # fmt: skip
         outer.reduce_kernel[blocks + 1,](
-            partials, gradient, losses, shares, share_of_all, value, programs, length, tasks, **REDUCTION, **REDUCTION_OPTIONS
+            partials,
+            gradient,
+            losses,
+            shares,
+            share_of_all,
+            value,
+            programs,
+            length,
+            tasks,
+            **REDUCTION,
+            **REDUCTION_OPTIONS,
         )
     return value, dx, _split(spec, gradient, len(parameters), needed[1:])
 
