@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .losses import sample_losses
 from .mlp import backward, forward
-from .spec import adapted, depth, every_layer, query_loss, samples, support_loss, walked, weight_offset, width
+from .spec import adapted, depth, every_layer, query_loss, samples, support_loss, tight, walked, weight_offset, width
 from .tiles import (
     add_to_partials,
     load_batch,
@@ -73,7 +73,7 @@ def meta_kernel(
 @triton.jit(do_not_specialize=["T", "S", "K"])
 def adapt_kernel(p_weights, p_biases, p_inner, p_x, p_y, p_r, p_fast, T, S, K, SPEC: tl.constexpr):
     """Adapt to each task's support set; p_fast: its parameters, [T, parameters].  Others as in `meta_kernel`."""
-    for i in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=True):
+    for i in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=tight(SPEC)):
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_parameters(p_weights, p_biases, SPEC)
         weights, biases = _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC)
@@ -116,7 +116,7 @@ def _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexp
     if SPEC.one_support_tile:
         batch = load_batch(p_x, p_y, p_r, i_t, 0, S, support_loss(SPEC), SPEC)
     velocity = zeros(weights), zeros(biases)
-    for k in tl.range(0, K, disable_licm=True):
+    for k in tl.range(0, K, disable_licm=tight(SPEC)):
         p_rates = p_inner + 2 + k * depth(SPEC)
         # The gradient is summed right into what it changes: the weights themselves, or their velocity if they have one.
         if SPEC.momentum:

@@ -1,6 +1,6 @@
-"""Triton's interpreter, mended: where it computes something else than a device does, and where it is slow.
+"""Triton's interpreter, mended where it computes something else than a device does, and where it is slow.
 
-It stays upstream's own, one program after another in numpy; nothing happens before `mend` is called.
+It stays what it is, one program after another in numpy; and until `mend` is called, as upstream has it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _upstream_patch_lang = interpreter._patch_lang
 
 
 def mend() -> None:
-    """Mend the interpreter of this process, for good; once more changes nothing.
+    """Mend the interpreter of this process, for good; doing so again changes nothing.
 
-    Numbers are those of `MendedBuilder` and `MendedReduction` from then on, and `tl.device_assert` fires.
+    Besides what `MendedBuilder` and `MendedReduction` say, `tl.device_assert` fires.
     """
     builder = interpreter.interpreter_builder
     builder.__class__ = MendedBuilder
-    # Upstream drops device_assert without debug, and offers no way to ask for it. Where there is debug, it takes every
-    # sum and product of integers twice, in search of an overflow: that would cost more than the kernels do.
+    # Upstream drops every device_assert, for it leaves debug off. With debug on, it would also compute every sum and
+    # product of integers twice, to see whether it overflows.
     builder.options = replace(builder.options, debug=True, sanitize_overflow=False)
     interpreter.ReduceOps = MendedReduction
     interpreter._patch_lang = _patch_whole_language
@@ -42,7 +42,7 @@ class MendedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc] # Tri
     """
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        """Upstream multiplies the bits of bfloat16; and float32 in full, whatever the input precision."""
+        """Upstream multiplies float32 in full, whatever the input precision."""
         input_precision = rest[1]
         if _is_bfloat16(a):
             a, b = _widened(a), _widened(b)
@@ -66,7 +66,9 @@ class MendedBuilder(interpreter.InterpreterBuilder):  # type: ignore[misc] # Tri
         return super().create_fma(x, y, z)
 
     def cast_impl(self, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
-        """Upstream casts between bfloat16 and all but float32 as if it were an integer, and truncates float32 to it."""
+        """Upstream casts bfloat16 as the integer that it is kept in; to and from float32 only, it truncates and spoils
+        subnormal values instead.
+        """
         if _is_bfloat16(x):
             x = _widened(x)
         if dtype.scalar == tl.bfloat16:
@@ -97,17 +99,17 @@ def _widened(x: TensorHandle) -> TensorHandle:
 
 
 def _narrowed(x: TensorHandle) -> TensorHandle:
-    """The bfloat16 nearest to each float32, the even one of two; truth values, of a comparison, as they are."""
+    """The bfloat16 nearest to each float32, the even one of two; the truth values of a comparison as they are."""
     if x.data.dtype == np.bool_:
         return TensorHandle(x.data, tl.int1)
     bits = _bits(x)
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    # A NaN of low bits alone would round to infinity.
+    # A NaN would round to infinity if only its low bits are set, and to zero if all are.
     return TensorHandle(np.where(np.isnan(x.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
 
 
 def _as_tf32(x: TensorHandle) -> TensorHandle:
-    """What the matrix unit reads of each float32: the compiler rounds nothing, and the low 13 bits have no wires."""
+    """What a matrix unit reads of each float32: all but its low 13 bits, for the compiler does not round to them."""
     return TensorHandle((_bits(x) & 0xFFFFE000).view(np.float32), tl.float32)
 
 

@@ -76,7 +76,7 @@ def _chain(p_x, p_y, p_out, p_less, p_sum):
     o = tl.arange(0, 64)
     b_x, b_y = tl.load(p_x + o), tl.load(p_y + o)
     b_z = (b_x * b_y + 0.3) * b_y - -b_x
-    tl.store(p_less + o, b_z < b_x)
+    tl.store(p_less + o, (b_z < b_x) & (o < 64))
     b_z = tl.where(b_z < b_x, tl.abs(b_z) + tl.full([64], 0.7, tl.bfloat16), tl.fma(b_x, b_y, b_z))
     tl.store(p_out + o, b_z)
     tl.store(p_sum, tl.sum(tl.where(b_z > 0, -1.0, 2.0).to(tl.bfloat16), 0))
@@ -84,12 +84,12 @@ def _chain(p_x, p_y, p_out, p_less, p_sum):
 
 def test_bfloat16_elementwise_and_sum() -> None:
     x, y = torch.randn(2, 64).bfloat16()
-    out, less, total = torch.empty(64).bfloat16(), torch.empty(64).bool(), torch.empty(()).bfloat16()
+    out, less, total = torch.empty(64).bfloat16(), torch.empty(64).int(), torch.empty(()).bfloat16()
     _chain[1,](x, y, out, less, total)
     z = (x * y + tensor(0.3).bfloat16()) * y + x
     fma = (x.float() * y.float() + z.float()).bfloat16()
-    assert torch.equal(less, z < x)
-    assert torch.equal(out, torch.where(less, z.abs() + tensor(0.7).bfloat16(), fma))
+    assert torch.equal(less, (z < x).int())
+    assert torch.equal(out, torch.where(z < x, z.abs() + tensor(0.7).bfloat16(), fma))
     assert total == torch.where(out > 0, -1.0, 2.0).sum()
 
 
