@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -104,7 +105,8 @@ PEERS: dict[str, Callable[[Workload, nn.Module, TaskBatch], Step]] = {
 
 
 def disagreement(actual: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> float:
-    """The relative error of the loss or of the gradient as one vector, whichever is larger."""
+    """The relative error of the loss or of the gradient as one vector, the larger; infinite where one is nan."""
     loss = float((actual[0] - expected[0]).abs() / expected[0].abs())
     a, b = (torch.cat([gradients[name].flatten() for name in expected[1]]) for gradients in (actual[1], expected[1]))
-    return max(loss, float((a - b).norm() / b.norm()))
+    errors = (loss, float((a - b).norm() / b.norm()))
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf

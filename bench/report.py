@@ -30,8 +30,8 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         if "memory" in extra:
             memory[case["group"].removeprefix("memory: ")] = extra["memory"]
             continue
-        found = {"ours": _quartiles(case["stats"]["data"])}
-        found |= {name: _quartiles(times) for name, times in extra["others"].items()}
+        found = {"ours": quartiles(case["stats"]["data"])}
+        found |= {name: quartiles(times) for name, times in extra["others"].items()}
         workloads[case["group"]] = found
     return {"environment": environment, "seconds": workloads, "memory_bytes": memory}
 
@@ -68,7 +68,8 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _quartiles(seconds: list[float]) -> dict[str, float]:
+def quartiles(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
     if len(seconds) == 1:
         return {"median": seconds[0], "q1": seconds[0], "q3": seconds[0], "rounds": 1}
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")

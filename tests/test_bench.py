@@ -37,6 +37,8 @@ def test_a_wrong_gradient_is_a_disagreement() -> None:
     right = ours(tiny, model, batch)()
     wrong = ours(replace(tiny, lr=tiny.lr * 1.01), model, batch)()
     assert disagreement(wrong, right) > 1e-4
+    lost = {name: torch.full_like(g, torch.nan) for name, g in right[1].items()}
+    assert disagreement((right[0], lost), right) > 1e-4
 
 
 def test_the_report_shows_medians_and_ratios() -> None:

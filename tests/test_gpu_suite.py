@@ -18,7 +18,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench import gpu, jax_peer
-from bench.gpu_timing import DRY, JAX, Job, Row, errors, exact, in_float64, oracle, ours, worst
+from bench.gpu_clock import errors, worst
+from bench.gpu_timing import DRY, JAX, Job, Row, exact, in_float64, oracle, ours
 from bench.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).parent.parent
@@ -231,8 +232,14 @@ def made_up() -> Row:
         "what": "made up",
         "environment": {"device": "a GPU", "torch": "2", "nvidia_smi": [{"driver_version": "580"}], "commit": "abc"},
         "tests": {
-            **{"what": "compiled kernels", "passed": 57, "failed": 1, "skipped": 0, "without_result": 2},
-            **{"timed_out": True, "took_s": 9.5, "failures": {"test_x": "AssertionError: no"}},
+            "what": "compiled kernels",
+            "passed": 57,
+            "failed": 1,
+            "skipped": 0,
+            "without_result": 2,
+            "timed_out": True,
+            "took_s": 9.5,
+            "failures": {"test_x": "AssertionError: no"},
         },
         "repeats": {
             "sine": {
