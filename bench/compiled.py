@@ -47,7 +47,7 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 MOST_INSTRUCTIONS = 1.10  # times those of the stored table
 
 # Operands of products by backend; the first is full precision: what matrix units make of float32 where they take it.
-PRECISIONS = {"cuda": ("tf32x3", "tf32", "bf16"), "hip": ("ieee", "bf16")}
+PRECISIONS = {"cuda": ("tf32x3", "tf32", "bf16", "fp16"), "hip": ("ieee", "bf16", "fp16")}
 
 # Every kernel, with the pointers that are None in the launch that is compiled here.
 KERNELS = {
@@ -146,6 +146,8 @@ def _cases() -> list[Case]:
         *(Case("small classifier", classifier, 5, 5, "meta_kernel", p) for p in ("tf32x3", "ieee", "tf32")),
         Case("momentum", momentum, 10, 10, "meta_kernel", "tf32"),
         Case("walked", sine, 100, 100, "meta_kernel", "tf32"),
+        Case("half", sine, 10, 10, "meta_kernel", "fp16"),
+        Case("wide", _mlp(1, 128, 128, 1), 10, 10, "meta_kernel", "bf16"),
     ]
 
 

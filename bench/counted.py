@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,6 @@ def main() -> None:
     if options.save:
         save_json(options.save, stored)
     print(render(stored))
-    print(json.dumps({"triton": stored["triton"]}))
 
 
 if __name__ == "__main__":

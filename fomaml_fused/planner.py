@@ -187,7 +187,10 @@ def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: 
     Warns:
         UserWarning: backend "triton" where no kernel takes the problem; the plan says why, and what runs instead.
     """
-    return _make_plan(problem, sizes, backend, precision, _override.get())
+    plan = _make_plan(problem, sizes, backend, precision, _override.get())
+    if backend == "triton" and plan.engine != "resident":
+        warnings.warn(f"backend 'triton' runs the batched engine instead: {plan.reason}", stacklevel=2)
+    return plan
 
 
 @lru_cache(maxsize=256)
@@ -219,8 +222,6 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
     obstacle = obstacle or _kernel_obstacle(problem, sizes, told)
     resident = obstacle or _resident(problem, sizes, told, precision)
     if isinstance(resident, str):
-        if backend == "triton":
-            warnings.warn(f"backend 'triton' runs the batched engine instead: {resident}", stacklevel=4)
         return _batched(problem, sizes, told, f"batched torch ops, for the resident kernel cannot run: {resident}")
     batched = _batched(problem, sizes, told, "batched torch ops, by the cost model ahead of the resident kernel")
     if backend == "auto" and batched.estimate.seconds < resident.estimate.seconds:
@@ -248,6 +249,8 @@ def _kernel_obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | No
         return "the overriding forms are those of batched torch ops"
     if sizes.dtype == torch.float64:
         return "kernels compute in float32, the model is float64"
+    if max(sizes.shots, sizes.queries) * max(problem.network.widths) >= 2**31:
+        return "a task has 2^31 numbers or more, and offsets within a task are 32 bits"
     for name, loss in (("loss", problem.loss), ("outer_loss", problem.outer_loss)):
         if loss.name == "callable":
             return f"{name} is a callable, which a kernel cannot call"
@@ -260,14 +263,18 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) ->
     from .kernels.configuration import configuration
     from .kernels.resources import REGISTERS, resident_need, weight_tiles
 
-    backend, _ = fused.target()
-    operands = {"highest": "ieee" if backend == "hip" else "tf32x3", "high": "tf32", "medium": "bf16"}
+    with fused.on_device(sizes.device):
+        (backend, architecture), device = fused.target(), fused.device_name()
+    operands = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
+    if backend == "hip":
+        operands |= {"highest": "ieee", "high": "tf32" if architecture == "gfx942" else "ieee"}
+        if precision == "tf32x3" or (precision == "tf32" and architecture != "gfx942"):
+            return f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
     precision = operands.get(precision, precision)
-    if backend == "hip" and precision == "tf32x3":
-        return "precision 'tf32x3' needs NVIDIA's matrix units; AMD's take 'ieee'"
     layers, network = problem.network.layers, problem.network
     largest = max(weight_tiles(network.widths), default=0)
-    config = told.config or configuration(fused.device_name(), "resident", largest)
+    tuned_for = (network.widths, precision, sizes.shots, sizes.queries)
+    config = told.config or configuration(device, "resident", largest, tuned_for)
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
     spec = fused.spec_of(problem, sizes.shots, sizes.queries, precision, config)

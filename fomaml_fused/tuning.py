@@ -24,7 +24,7 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
     """Time every layout of the fused kernel that takes these sizes, and plan with the fastest from now on.
 
     Each round runs a meta-step, backward included, of every layout in turn, on random tasks. What is found holds in
-    this process, for networks whose largest weight has the same padded size.
+    this process, for networks of these widths, tasks of these sizes and this precision.
 
     Args:
         meta: on the device to tune for, with backend "triton" or "auto".
@@ -34,10 +34,12 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
         The median seconds of each layout, the fastest first.
 
     Raises:
-        ValueError: no fused kernel takes the problem; the message is the plan's reason.
+        ValueError: no fused kernel takes the problem, and the message is the plan's reason; or no round.
     """
-    from .kernels.configuration import Config, remember
+    from .kernels.configuration import Config
 
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it takes at least 1")
     queries = shots if queries is None else queries
     batch = _random_tasks(meta, tasks, shots, queries)
     usable = {}
@@ -57,7 +59,7 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
                 measured.append(_seconds(meta, batch))
     medians = sorted((statistics.median(measured), config) for config, measured in times.items())
     best = medians[0][1]
-    remember(*_table_key(usable[best]), best)
+    _remember(usable[best], best)
     forget_plans()
     return {config: median for median, config in medians}
 
@@ -67,27 +69,34 @@ def _seconds(meta: FOMAML, batch: tuple[Tensor, ...]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    torch.autograd.grad(meta(*batch), list(meta.parameters()))
+    with torch.enable_grad():
+        torch.autograd.grad(meta(*batch), [p for p in meta.parameters() if p.requires_grad])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def _table_key(plan: Plan) -> tuple[str, str, int]:
+def _remember(plan: Plan, config: Config) -> None:
     from .engines import fused
-    from .kernels.resources import weight_tiles
+    from .kernels.configuration import remember
 
-    return fused.device_name(), plan.engine, max(weight_tiles(plan.problem.network.widths), default=0)
+    sizes = plan.sizes
+    with fused.on_device(sizes.device):
+        device = fused.device_name()
+    remember(device, plan.engine, (plan.problem.network.widths, plan.precision, sizes.shots, sizes.queries), config)
 
 
 def _random_tasks(meta: FOMAML, tasks: int, shots: int, queries: int) -> tuple[Tensor, ...]:
     network, like = meta.problem.network, next(meta.parameters())
+    generator = torch.Generator(like.device).manual_seed(0)
     parts = []
     for samples, loss in ((shots, meta.problem.loss), (queries, meta.problem.outer_loss)):
-        x = torch.randn(tasks, samples, network.in_features, dtype=like.dtype, device=like.device)
+        x = torch.randn(tasks, samples, network.in_features, generator=generator, dtype=like.dtype, device=like.device)
         if loss.takes_classes:
-            y = torch.randint(network.out_features, (tasks, samples), device=like.device)
+            y = torch.randint(network.out_features, (tasks, samples), generator=generator, device=like.device)
         else:
-            y = torch.rand(tasks, samples, network.out_features, dtype=like.dtype, device=like.device)
+            y = torch.rand(
+                tasks, samples, network.out_features, generator=generator, dtype=like.dtype, device=like.device
+            )
         parts += [x, y]
     return tuple(parts)

@@ -97,7 +97,8 @@ def pull_back(b_d, b_kept, ACTIVATION: tl.constexpr):
     if ACTIVATION[0] == "identity":
         b_d = b_d
     elif ACTIVATION[0] == "relu":
-        b_d = tl.where(b_kept > 0.0, b_d, 0.0)
+        # As torch has it: where the output is nan, so is the gradient.
+        b_d = tl.where(b_kept <= 0.0, 0.0, b_d)
     elif ACTIVATION[0] == "leaky_relu":
         b_d = tl.where(b_kept > 0.0, b_d, b_d * ACTIVATION[1][0])
     elif ACTIVATION[0] == "elu":

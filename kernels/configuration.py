@@ -7,6 +7,7 @@ A table lists rules; the first whose `weights` is not exceeded by the largest we
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -26,26 +27,27 @@ class Config:
     samples: int
 
 
-def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
+def configuration(device: str, kernel: str, largest_weight: int, problem: Hashable = None) -> Config | None:
     """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
 
     Args:
         device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
+        problem: what `remember` was told of, if it was.
     """
-    if (device, kernel, largest_weight) in _tuned:
-        return _tuned[device, kernel, largest_weight]
+    if (device, kernel, problem) in _tuned:
+        return _tuned[device, kernel, problem]
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
             return Config(rule["warps"], rule["samples"])
     return None
 
 
-def remember(device: str, kernel: str, largest_weight: int, config: Config) -> None:
-    """Have `configuration` give this one from now on, in this process."""
-    _tuned[device, kernel, largest_weight] = config
+def remember(device: str, kernel: str, problem: Hashable, config: Config) -> None:
+    """Have `configuration` give this one for a problem from now on, in this process."""
+    _tuned[device, kernel, problem] = config
 
 
-_tuned: dict[tuple[str, str, int], Config] = {}
+_tuned: dict[tuple[str, str, Hashable], Config] = {}
 
 
 @cache

@@ -20,9 +20,10 @@ def takes_classes(LOSS):
 
 @triton.jit
 def expected_classes(b_class, OUT: tl.constexpr, C: tl.constexpr, LOSS: tl.constexpr):
-    """The distribution that cross-entropy aims at, [C, B], from class indices [1, B]."""
+    """The distribution that cross-entropy aims at, [C, B], from classes [1, B]; nan for one that does not exist."""
     o_c = tl.arange(0, C)[:, None]
     b_hit = tl.where(o_c == b_class, 1.0 - LOSS[1][0], 0.0)
+    b_hit = tl.where((b_class >= 0) & (b_class < OUT), b_hit, float("nan"))
     return tl.where(o_c < OUT, b_hit + LOSS[1][0] / OUT, 0.0)
 
 

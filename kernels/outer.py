@@ -6,16 +6,27 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["N", "P", "T"])
 def reduce_kernel(
-    p_partials, p_gradient, p_loss, p_share, share, p_value, N, P, T, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    p_partials,
+    p_gradient,
+    p_loss,
+    p_share,
+    share,
+    p_value,
+    N,
+    P,
+    T,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOSSES: tl.constexpr,
 ):
     """Sum N partial gradients [N, P] to p_gradient [P], and the tasks' losses, times their shares, to p_value.
 
     Either pair may be None: not wanted.  p_loss: [T].  p_share: [T], or None where all have `share`.
-    Each program sums BLOCK columns, ROWS at a time; one more, the last, the losses.
+    Each program sums BLOCK columns, ROWS at a time; one more, the last, the losses, LOSSES at a time.
     """
     if p_value is not None:
         if tl.program_id(0) == tl.num_programs(0) - 1:
-            _reduce_losses(p_loss, p_share, share, p_value, T, BLOCK)
+            _reduce_losses(p_loss, p_share, share, p_value, T, LOSSES)
     if p_partials is not None:
         o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         b_sum = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -10,7 +10,19 @@ import triton.language as tl
 
 from .losses import sample_losses
 from .mlp import backward, forward
-from .spec import adapted, depth, every_layer, query_loss, samples, support_loss, tight, walked, weight_offset, width
+from .spec import (
+    adapted,
+    depth,
+    every_layer,
+    query_loss,
+    samples,
+    sixteen_bits,
+    support_loss,
+    tight,
+    walked,
+    weight_offset,
+    width,
+)
 from .tiles import (
     add_to_partials,
     load_batch,
@@ -51,23 +63,29 @@ def meta_kernel(
         if p_share is not None:
             share = tl.load(p_share + i_t)
         scale = 1.0 / total_weight(p_query_r, i_t, Q, SPEC)
+        # A sample's part in the means over samples and tasks; 16 bits might not hold it, so there it is taken of sums.
+        part = scale * share
+        part_of_sums = 1.0
+        if sixteen_bits(SPEC):
+            part_of_sums = tl.where(Q > 0, part, 0.0)
+            part = 1.0
         b_loss = tl.zeros([1, samples(SPEC)], tl.float32)
         sums = zeros(weights), zeros(biases)
         if SPEC.one_query_tile:
             b_loss, sums = _query_tile(
-                weights, biases, p_query_x, p_query_y, p_query_r, scale, share, p_out, p_dx, p_partials is not None,
-                b_loss, sums, i_t, 0, Q, SPEC,
+                weights, biases, p_query_x, p_query_y, p_query_r, part, part_of_sums,
+                p_out, p_dx, p_partials is not None, b_loss, sums, i_t, 0, Q, SPEC,
             )  # fmt: skip
         else:
             for o in tl.range(0, Q, samples(SPEC)):
                 b_loss, sums = _query_tile(
-                    weights, biases, p_query_x, p_query_y, p_query_r, scale, share, p_out, p_dx, p_partials is not None,
-                    b_loss, sums, i_t, o, Q, SPEC,
+                    weights, biases, p_query_x, p_query_y, p_query_r, part, part_of_sums,
+                    p_out, p_dx, p_partials is not None, b_loss, sums, i_t, o, Q, SPEC,
                 )  # fmt: skip
         # The mean over no query, 0 * inf, is nan, as torch has it.
         tl.store(p_loss + i_t, tl.sum(b_loss) * scale)
         if p_partials is not None:
-            add_to_partials(p_partials, sums, i_p, i > i_p, SPEC)
+            add_to_partials(p_partials, sums, part_of_sums, i_p, i > i_p, SPEC)
 
 
 @triton.jit(do_not_specialize=["T", "S", "K"])
@@ -104,9 +122,9 @@ def query_backward_kernel(p_fast, p_query_x, p_d, p_dx, p_partials, T, Q, SPEC: 
             b_x = load_samples(p_query_x, i_t, o, Q, width(SPEC, 0), SPEC)
             b_d = load_samples(p_d, i_t, o, Q, width(SPEC, depth(SPEC)), SPEC)
             _out, inputs, kept = forward(b_x, weights, biases, SPEC)
-            sums = _query_backward(b_d, weights, inputs, kept, sums, p_dx, p_partials is not None, i_t, o, Q, SPEC)
+            sums = _query_backward(b_d, weights, inputs, kept, sums, p_dx, 1.0, p_partials is not None, i_t, o, Q, SPEC)
         if p_partials is not None:
-            add_to_partials(p_partials, sums, i_p, i > i_p, SPEC)
+            add_to_partials(p_partials, sums, 1.0, i_p, i > i_p, SPEC)
 
 
 @triton.jit
@@ -157,7 +175,7 @@ def _add_gradient(sums, weights, biases, batch, scale, p_rates, SPEC: tl.constex
 
 @triton.jit
 def _query_tile(
-    weights, biases, p_x, p_y, p_r, scale, share, p_out, p_dx, WANTED: tl.constexpr, b_loss, sums, i_t, o, Q,
+    weights, biases, p_x, p_y, p_r, part, part_of_sums, p_out, p_dx, WANTED: tl.constexpr, b_loss, sums, i_t, o, Q,
     SPEC: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of query samples to the loss of its task and to the outer gradient; store what is asked for."""
@@ -166,16 +184,16 @@ def _query_tile(
     b_value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), query_loss(SPEC))
     if p_out is not None:
         store_samples(p_out, b_out, i_t, o, Q, width(SPEC, depth(SPEC)), SPEC)
-    b_d = weighted(b_d, b_r, scale * share)
-    sums = _query_backward(b_d, weights, inputs, kept, sums, p_dx, WANTED, i_t, o, Q, SPEC)
+    b_d = weighted(b_d, b_r, part)
+    sums = _query_backward(b_d, weights, inputs, kept, sums, p_dx, part_of_sums, WANTED, i_t, o, Q, SPEC)
     return b_loss + weighted(b_value, b_r, 1.0), sums
 
 
 @triton.jit
-def _query_backward(b_d, weights, inputs, kept, sums, p_dx, WANTED: tl.constexpr, i_t, o, Q, SPEC: tl.constexpr):
+def _query_backward(b_d, weights, inputs, kept, sums, p_dx, scale, WANTED: tl.constexpr, i_t, o, Q, SPEC: tl.constexpr):
     b_d, sums = backward(b_d, weights, inputs, kept, sums, None, every_layer(SPEC, WANTED), p_dx is not None, SPEC)
     if p_dx is not None:
-        store_samples(p_dx, b_d, i_t, o, Q, width(SPEC, 0), SPEC)
+        store_samples(p_dx, b_d * scale, i_t, o, Q, width(SPEC, 0), SPEC)
     return sums
 
 

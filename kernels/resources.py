@@ -1,8 +1,7 @@
 """What the resident kernel needs of a device, known before it is compiled: registers and shared memory.
 
 An estimate from padded sizes, fitted to what ptxas (CUDA 12.9, sm_80 and sm_90) made of some hundred networks. It errs
-by some tens of registers: what is said to fit may spill a few addresses, what is said not to would spill in its inner
-loop.
+by some tens of registers: what is said to fit may spill as many, what is said not to would spill in its inner loop.
 """
 
 from __future__ import annotations
@@ -36,12 +35,13 @@ def resident_need(spec: Spec, config: Config) -> Need:
     threads = 32 * config.warps
     tiles = weight_tiles(spec.widths)
     activations = spec.samples * sum(padded(width) for width in spec.widths)
-    # Beside the weights stand their copies as operands: tf32x3 splits each into a high and a low part.
-    copies, per_layer = {"bf16": (1, 8), "fp16": (1, 8), "tf32": (2, 8), "tf32x3": (4, 16), "ieee": (4, 16)}[
-        spec.precision
-    ]
-    # Where samples are walked over, a step's sums stand beside the weights too.
-    copies += not (spec.one_support_tile and spec.one_query_tile) and spec.precision == "tf32"
-    registers = 64 + (copies * sum(tiles) + 2 * activations) // threads + per_layer * len(tiles)
+    # Beside the weights stand copies of them as operands; tf32x3 has two, a high and a low part. Where warps are more
+    # than the four of a group, each group holds all of an operand.
+    by_precision = {"bf16": (1.0, 8), "fp16": (1.0, 8), "tf32": (2.0, 8)}
+    copies, per_layer = by_precision.get(spec.precision, (3.0, 28))
+    copies *= 1.5 if config.warps > 4 else 1.0
+    # A velocity stands beside them too, and so do the sums of a step that walks over samples.
+    copies += spec.momentum + (not (spec.one_support_tile and spec.one_query_tile))
+    registers = 64 + (int(copies * sum(tiles)) + 2 * activations) // threads + per_layer * len(tiles)
     staged = max(tiles, default=0) * (2 if spec.precision == "tf32x3" else 1)
     return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)

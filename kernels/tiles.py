@@ -72,16 +72,16 @@ def store_parameters(p_flat, weights, biases, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_to_partials(p_partials, sums, i_p, later, SPEC: tl.constexpr):
-    """Store a task's gradient as program i_p's partial sum; `later`: on top of what earlier tasks of it stored."""
+def add_to_partials(p_partials, sums, scale, i_p, later, SPEC: tl.constexpr):
+    """Store a task's gradient, scale * sums, as program i_p's partial sum; `later`: on top of its earlier tasks'."""
     p_flat = p_partials + i_p.to(tl.int64) * weight_offset(SPEC, depth(SPEC))
     if later:
         # Other threads of this program may have stored what this one is about to load.
         tl.debug_barrier()
         weights, biases = load_fast(p_flat, 0, SPEC)
-        store_parameters(p_flat, plus(weights, sums[0], 1.0), plus(biases, sums[1], 1.0), SPEC)
+        store_parameters(p_flat, plus(weights, sums[0], scale), plus(biases, sums[1], scale), SPEC)
     else:
-        store_parameters(p_flat, sums[0], sums[1], SPEC)
+        store_parameters(p_flat, scaled(sums[0], scale), scaled(sums[1], scale), SPEC)
 
 
 @triton.jit

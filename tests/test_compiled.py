@@ -24,6 +24,7 @@ FAST = "^(sine meta_kernel tf32(x3)? sm_[89]0|small classifier .* sm_90)$"
 KNOWN = {
     "sine adapt_kernel tf32x3 on sm_90",
     "sine meta_kernel tf32x3 on sm_100",
+    "wide meta_kernel bf16 on sm_100",
 }
 
 

@@ -105,7 +105,7 @@ def test_every_option(options: dict[str, Any]) -> None:
     check(replace(Case(widths=(3, 17, 5, 3), steps=3), **options))
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (1, 40, 40, 1), (63, 3), (2, 1, 17, 1), (1, 33, 1), (5, 16, 16, 16, 16, 2)])
+@pytest.mark.parametrize("widths", [(1, 1), (1, 40, 40, 1), (63, 3), (2, 1, 17, 1), (1, 33, 1), (5, 16, 16, 16, 2)])
 def test_odd_sizes_and_depths(widths: tuple[int, ...]) -> None:
     check(Case(widths=widths, tasks=2, shots=7, queries=10, activation="gelu"), per_task=INTERPRETED)
 
@@ -190,6 +190,32 @@ def test_a_diverged_task_spoils_its_own_loss_and_nothing_else() -> None:
     batch["support_y"][2] = 1e30
     losses = ff.FOMAML(model, **case.options(), backend="triton")(**batch, reduction="none")
     assert losses.isfinite().tolist() == [True, True, False, True, True, True]
+    loss = ff.FOMAML(model, **case.options(), backend="triton")(**batch)
+    assert all(g.isnan().all() for g in torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_a_class_that_does_not_exist_makes_its_tasks_loss_nan() -> None:
+    """Where reading the classes to raise an error would wait for the device."""
+    from fomaml_fused.batch import Query, Support
+    from fomaml_fused.engines import fused
+
+    case = Case(loss="cross_entropy", tasks=2)
+    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
+    plan = ff.FOMAML(model, **case.options(), backend="triton").plan(case.tasks, case.shots, case.queries)
+    for bad in (-100, case.widths[-1]):
+        batch["query_y"][1, 0] = bad
+        support, query = Support(batch["support_x"], batch["support_y"]), Query(batch["query_x"], batch["query_y"])
+        value, _, _ = fused.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0)
+        assert value.isnan()
+
+
+def test_sixteen_bits_hold_the_parts_of_many_tasks_and_samples() -> None:
+    """A sample's part in the mean over tasks and samples is less than fp16 holds, its gradient is not."""
+    case = Case(widths=(3, 17, 5), loss="l1", activation="identity", tasks=300, queries=16, shots=2, steps=0)
+    small = replace(case, reduction="sum")
+    mean, total = (by_kernels(c, "fp16", per_task=False).values for c in (case, small))
+    for name in mean:
+        assert relative_error(mean[name] * case.tasks, total[name]) < 1e-5
 
 
 def test_results_repeat_bit_by_bit() -> None:
@@ -199,11 +225,12 @@ def test_results_repeat_bit_by_bit() -> None:
 
 
 def test_no_task_and_no_query_follow_torch() -> None:
-    for case in (Case(tasks=0), Case(queries=0)):
-        model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
-        loss = ff.FOMAML(model, **case.options(), backend="triton")(**batch)
-        assert loss.isnan()
-        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    for case in (Case(tasks=0), Case(queries=0), Case(queries=0, weighted=True)):
+        for precision in ("highest", "medium"):
+            model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
+            loss = ff.FOMAML(model, **case.options(), backend="triton", precision=precision)(**batch)
+            assert loss.isnan()
+            assert not any(g.any() for g in torch.autograd.grad(loss, list(model.parameters())))
 
 
 def test_inputs_and_parameters_are_left_as_they_were() -> None:
@@ -220,6 +247,10 @@ def test_strided_inputs() -> None:
     meta = ff.FOMAML(model, **case.options(), backend="triton")
     strided = {name: t.detach().transpose(0, 1).contiguous().transpose(0, 1) for name, t in batch.items()}
     assert torch.equal(meta(**strided), meta(**batch))
+    weight = torch.rand(case.tasks, 2, device=kernel_device())
+    for strange in (weight[:, 0], torch.tensor(2.0, device=kernel_device()).expand(case.tasks)):
+        sums = [meta(**batch, task_weight=w, reduction="sum") for w in (strange, strange.clone())]
+        assert torch.equal(*sums)
 
 
 def test_tuning_takes_the_fastest_layout_from_then_on() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -23,8 +23,8 @@ from ..kernels.spec import Spec, bias_offset, weight_offset
 from ..problem import Loss, Problem
 from . import FlatParameters, Gradients, Planned
 
-# The ordered reduction: rows and columns of a tile, and how it is launched.
-REDUCTION = {"ROWS": 16, "BLOCK": 64}
+# The ordered reduction: rows and columns of a tile of gradients, losses at a time, and how it is launched.
+REDUCTION = {"ROWS": 16, "BLOCK": 64, "LOSSES": 512}
 REDUCTION_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 # The kernels use up to 255 registers a thread, and a multiprocessor has 65,536: room for eight warps of theirs.
 WARPS_PER_MULTIPROCESSOR = 8
@@ -50,7 +50,7 @@ def interpreted() -> bool:
 
 
 def target() -> tuple[str, int | str]:
-    """Backend and architecture that kernels are compiled for, as ("cuda", 90); ("cpu", 0) when interpreted."""
+    """Backend and architecture of the current device, as ("cuda", 90); ("cpu", 0) where kernels are interpreted."""
     if interpreted():
         return "cpu", 0
     found = triton.runtime.driver.active.get_current_target()
@@ -129,6 +129,8 @@ def step(
         outputs: where the query outputs go, [t, Q, out] float32.
     """
     (tasks, shots, _), queries = support.x.shape, query.x.shape[1]
+    if queries == 0:  # weights of nothing would make the gradient 0 / 0, where torch has 0
+        query = Query(query.x, query.y)
     spec = _spec(plan, shots, queries)
     device = support.x.device
     programs, length = _programs(plan, tasks, device), spec.parameters
@@ -136,9 +138,9 @@ def step(
     dx = _new(device, *query.x.shape) if needed[0] else None
     partials = _new(device, programs, length) if any(needed[1:]) else None
     gradient = _new(device, length) if any(needed[1:]) else None
-    shares, share_of_all = (share, 0.0) if isinstance(share, Tensor) else (None, share)
+    shares, share_of_all = (share.contiguous(), 0.0) if isinstance(share, Tensor) else (None, share)
     blocks = triton.cdiv(length, REDUCTION["BLOCK"]) if partials is not None else 0
-    with _on(device):
+    with on_device(device):
         resident.meta_kernel[programs,](
             *_pointers(parameters), _inner(plan.problem, device), *_tensors(support), *_tensors(query),
             shares, share_of_all, losses, outputs, dx, partials, tasks, shots, queries, plan.problem.inner.steps, spec,
@@ -165,7 +167,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
     tasks, shots, _ = support.x.shape
     spec, device = _spec(plan, shots, shots), support.x.device
     weights = _new(device, tasks, spec.parameters)
-    with _on(device):
+    with on_device(device):
         resident.adapt_kernel[_programs(plan, tasks, device),](
             *_pointers(parameters), _inner(plan.problem, device), *_tensors(support), weights,
             tasks, shots, plan.problem.inner.steps, spec, **_options(plan),
@@ -178,7 +180,7 @@ def query_pass(adapted: Adapted, x: Tensor) -> Trace:
     tasks, queries, _ = x.shape
     x = x.contiguous()
     outputs = _new(x.device, tasks, queries, adapted.spec.widths[-1])
-    with _on(x.device):
+    with on_device(x.device):
         resident.query_kernel[_programs(adapted.plan, tasks, x.device),](
             adapted.weights, x, outputs, tasks, queries, adapted.spec, **_options(adapted.plan)
         )
@@ -195,7 +197,7 @@ def query_backward(
     dx = _new(device, *trace.x.shape) if features else None
     partials = _new(device, programs, length) if any(needed) else None
     gradient = _new(device, length) if any(needed) else None
-    with _on(device):
+    with on_device(device):
         resident.query_backward_kernel[programs,](
             adapted.weights, trace.x, d.contiguous(), dx, partials, tasks, queries, spec, **_options(adapted.plan)
         )
@@ -248,7 +250,7 @@ def _programs(plan: Planned, tasks: int, device: torch.device) -> int:
     return -(-tasks // -(-tasks // most)) if tasks else 0
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured graph reads them wherever they lie
 def _inner(problem: Problem, device: torch.device) -> Tensor:
     """Momentum, weight decay and the rate of each step and layer, as the kernels read them."""
     inner = problem.inner
@@ -279,6 +281,6 @@ def _split(spec: Spec, flat: Tensor | None, parameters: int, needed: Sequence[bo
     return gradients
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,32 @@
+"""What compiled kernels execute stays within what is stored; needs an emulator of GPUs (`make test-virtual-gpu`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+STORED = json.loads((Path(__file__).parent.parent / "bench" / "results" / "counted.json").read_text())
+
+
+def test_counts_stay_within_a_tenth_of_the_stored_ones() -> None:
+    emulator = pytest.importorskip("virtual_gpu")
+    from bench.counted import COLUMNS, count
+
+    if triton.__version__ != STORED["triton"]:
+        pytest.skip(f"the counts are of triton {STORED['triton']}, this is {triton.__version__}")
+    architecture = int(os.environ["VIRTUAL_GPU"])
+    stored = [row for row in STORED["rows"] if row["target"] == f"sm_{architecture}"]
+    with emulator.options(memory_stats=True):
+        rows = count(architecture, emulator)
+    assert [(row["workload"], row["precision"], row["kernel"]) for row in rows] == [
+        (row["workload"], row["precision"], row["kernel"]) for row in stored
+    ]
+    for row, before in zip(rows, stored, strict=True):
+        for column in COLUMNS:
+            assert row[column] <= 1.1 * before[column], (
+                f"{row['workload']} {row['precision']} {row['kernel']}: {column}"
+            )
