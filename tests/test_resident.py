@@ -31,7 +31,7 @@ from .on_kernels import by_kernels, in_precision, kernel_device
 
 pytest.importorskip("triton")
 
-# Elsewhere each case compiles its kernels; then options and sizes go through all of them, the rest through one.
+# Elsewhere each case compiles its kernels; then single options go through all four of them, the rest through one.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_LOSSES = [name for name in LOSSES if name != "callable"]
 
@@ -102,7 +102,7 @@ def test_every_activation_behind_the_last_layer(loss: str) -> None:
     ids=str,
 )
 def test_every_option(options: dict[str, Any]) -> None:
-    check(replace(Case(widths=(3, 17, 5, 3), steps=3), **options))
+    check(replace(Case(widths=(3, 17, 5, 3), steps=3), **options), per_task=INTERPRETED or len(options) == 1)
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (1, 40, 40, 1), (63, 3), (2, 1, 17, 1), (1, 33, 1), (5, 16, 16, 16, 2)])
