@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
 import fomaml_fused as ff
 from fomaml_fused.train.files import save_json
 
+from .peers import ours
 from .workloads import WORKLOADS
 
 COUNTED = ("sine", "sine K=5")
@@ -36,16 +36,9 @@ def count(architecture: int, emulator: Any) -> list[dict[str, Any]]:
     for name in COUNTED:
         workload = replace(WORKLOADS[name], tasks=2)
         for precision in PRECISIONS:
-            meta = ff.FOMAML(
-                workload.model(),
-                lr=workload.lr,
-                steps=workload.steps,
-                loss=workload.loss,
-                backend="triton",
-                precision=precision,
-            )
+            step = ours(workload, workload.model(), workload.batch(), backend="triton", precision=precision)
             with emulator.record() as launches:
-                torch.autograd.grad(meta(*workload.batch()), list(meta.parameters()))
+                step()
             for launch in launches:
                 rows.append({"workload": name, "precision": precision, "target": f"sm_{architecture}", **_row(launch)})
     return rows

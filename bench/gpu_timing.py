@@ -42,7 +42,7 @@ from .gpu_clock import (
     turn,
     worst,
 )
-from .peers import PEERS, Step, _batched
+from .peers import PEERS, Step, _batched, oracle, ours
 from .report import quartiles
 from .workloads import WORKLOADS, Workload
 
@@ -186,19 +186,6 @@ def contenders(
     else:
         absent[name] = obstacle
     return found, absent
-
-
-def ours(workload: Workload, model: nn.Module, batch: TaskBatch, **options: Any) -> Step:
-    """As `peers.ours`, with the module's other options."""
-    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, **options)
-    parameters = dict(model.named_parameters())
-
-    def step() -> Result:
-        loss = meta(*batch)
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        return loss.detach(), dict(zip(parameters, gradients, strict=True))
-
-    return step
 
 
 def compiled_with_graphs(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
@@ -403,14 +390,6 @@ def exact(workload: Workload, model: nn.Module, batch: TaskBatch) -> tuple[Resul
         raise RuntimeError(f"batched torch ops in float64 are {apart:.2g} from the oracle on the first {FEW} tasks")
     whole = ours(workload, model, batch, backend="torch")()
     return whole, f"batched torch ops in float64, {apart:.1g} from the oracle on the first {FEW} tasks"
-
-
-def oracle(workload: Workload, model: nn.Module, batch: TaskBatch) -> Result:
-    """The reference, one task at a time."""
-    loss = ff.reference.meta_loss(model, *batch, lr=workload.lr, steps=workload.steps, loss=workload.loss)
-    parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
 
 def in_float64(model: nn.Module, batch: TaskBatch) -> tuple[nn.Module, TaskBatch]:

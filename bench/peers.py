@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ Gradients = dict[str, Tensor]
 Step = Callable[[], tuple[Tensor, Gradients]]
 
 
-def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, compiled: bool = False) -> Step:
-    """The package itself, through its module and autograd, as in a training loop."""
-    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, compile=compiled)
+def ours(workload: Workload, model: nn.Module, batch: TaskBatch, **options: Any) -> Step:
+    """The package itself, through its module and autograd, as in a training loop; options: the module's other ones."""
+    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, **options)
     parameters = dict(model.named_parameters())
 
     def step() -> tuple[Tensor, Gradients]:
@@ -29,6 +30,14 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, compiled: bo
         return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
     return step
+
+
+def oracle(workload: Workload, model: nn.Module, batch: TaskBatch) -> tuple[Tensor, Gradients]:
+    """The reference, one task at a time."""
+    loss = ff.reference.meta_loss(model, *batch, lr=workload.lr, steps=workload.steps, loss=workload.loss)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return loss.detach(), dict(zip(parameters, gradients, strict=True))
 
 
 def eager_loop(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:

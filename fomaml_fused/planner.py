@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -234,6 +234,11 @@ def forget_plans() -> None:
     _make_plan.cache_clear()
 
 
+def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable:
+    """What a kernel's configuration is remembered by."""
+    return problem.network.widths, precision, sizes.shots, sizes.queries
+
+
 def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of a device; None where it can."""
     if find_spec("triton") is None:
@@ -263,8 +268,8 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) ->
     from .kernels.configuration import configuration
     from .kernels.resources import REGISTERS, resident_need, weight_tiles
 
-    with fused.on_device(sizes.device):
-        (backend, architecture), device = fused.target(), fused.device_name()
+    device = fused.device_name(sizes.device)
+    backend, _, architecture = device.partition("-")
     operands = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
     if backend == "hip":
         operands |= {"highest": "ieee", "high": "tf32" if architecture == "gfx942" else "ieee"}
@@ -273,8 +278,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) ->
     precision = operands.get(precision, precision)
     layers, network = problem.network.layers, problem.network
     largest = max(weight_tiles(network.widths), default=0)
-    tuned_for = (network.widths, precision, sizes.shots, sizes.queries)
-    config = told.config or configuration(device, "resident", largest, tuned_for)
+    config = told.config or configuration(device, "resident", largest, tuned_for(problem, sizes, precision))
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
     spec = fused.spec_of(problem, sizes.shots, sizes.queries, precision, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .module import FOMAML
-from .planner import Plan, forget_plans, override
+from .planner import Plan, forget_plans, override, tuned_for
 
 if TYPE_CHECKING:
     from .kernels.configuration import Config
@@ -80,10 +80,8 @@ def _remember(plan: Plan, config: Config) -> None:
     from .engines import fused
     from .kernels.configuration import remember
 
-    sizes = plan.sizes
-    with fused.on_device(sizes.device):
-        device = fused.device_name()
-    remember(device, plan.engine, (plan.problem.network.widths, plan.precision, sizes.shots, sizes.queries), config)
+    key = tuned_for(plan.problem, plan.sizes, plan.precision)
+    remember(fused.device_name(plan.sizes.device), plan.engine, key, config)
 
 
 def _random_tasks(meta: FOMAML, tasks: int, shots: int, queries: int) -> tuple[Tensor, ...]:

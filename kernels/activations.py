@@ -1,25 +1,12 @@
 """Each activation and its derivative, element by element in float32.
 
-An activation is a compile-time pair: a name of `ACTIVATIONS`, and the values of the parameters that stand beside it
-there.
+An activation is a compile-time pair: its name, and the values of its parameters, as torch's module takes them (of a
+sine, its frequency).
 """
 
 import triton
 import triton.language as tl
 
-ACTIVATIONS = {
-    "identity": (),
-    "relu": (),
-    "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
-    "gelu": (),
-    "gelu_tanh": (),
-    "silu": (),
-    "tanh": (),
-    "sigmoid": (),
-    "softplus": ("beta", "threshold"),
-    "sine": ("w0",),
-}
 KEEPS_OUTPUT = ("identity", "relu", "tanh", "sigmoid")
 NOT_ZERO_AT_ZERO = ("sigmoid", "softplus")
 

@@ -1,15 +1,13 @@
 """Each loss of a sample, its value and its gradient with respect to the outputs, in float32.
 
-A loss is a compile-time pair: a name of `LOSSES`, and the values of the parameters that stand beside it there. Tiles
-hold outputs in rows and samples in columns, [C, B]; rows past `OUT` are padding, in which targets are 0.
+A loss is a compile-time pair: its name, and its parameters (delta of a Huber loss, label smoothing of cross-entropy).
+Tiles hold outputs in rows and samples in columns, [C, B]; rows past `OUT` are padding, in which targets are 0.
 """
 
 import triton
 import triton.language as tl
 
 from .activations import log1p
-
-LOSSES = {"mse": (), "l1": (), "huber": ("delta",), "cross_entropy": ("label_smoothing",), "bce_with_logits": ()}
 
 
 @triton.constexpr_function

@@ -142,7 +142,11 @@ def _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexp
             if SPEC.decay:
                 sums = plus(sums[0], weights, tl.load(p_inner + 1)), plus(sums[1], biases, tl.load(p_inner + 1))
         elif SPEC.decay:
-            sums = _decayed(weights, p_inner + 1, p_rates, SPEC), _decayed(biases, p_inner + 1, p_rates, SPEC)
+            decay = tl.load(p_inner + 1)
+            sums = (
+                _moved(weights, scaled(weights, decay), p_rates, SPEC),
+                _moved(biases, scaled(biases, decay), p_rates, SPEC),
+            )
         else:
             sums = weights, biases
         if SPEC.one_support_tile:
@@ -195,18 +199,6 @@ def _query_backward(b_d, weights, inputs, kept, sums, p_dx, scale, WANTED: tl.co
     if p_dx is not None:
         store_samples(p_dx, b_d * scale, i_t, o, Q, width(SPEC, 0), SPEC)
     return sums
-
-
-@triton.jit
-def _decayed(blocks, p_decay, p_rates, SPEC: tl.constexpr):
-    """The blocks after weight decay alone; those of layers that do not move stay what they are."""
-    decayed = ()
-    for i in tl.static_range(len(blocks)):
-        if SPEC.adapts[i]:
-            decayed = decayed + (blocks[i] * (1.0 - tl.load(p_rates + i) * tl.load(p_decay)),)
-        else:
-            decayed = decayed + (blocks[i],)
-    return decayed
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .configuration import Config
-from .spec import Spec, padded
+from .spec import Spec, padded, walked
 
 REGISTERS = 255  # a thread, on NVIDIA and AMD alike as far as the kernel goes
 
@@ -41,7 +41,7 @@ def resident_need(spec: Spec, config: Config) -> Need:
     copies, per_layer = by_precision.get(spec.precision, (3.0, 28))
     copies *= 1.5 if config.warps > 4 else 1.0
     # A velocity stands beside them too, and so do the sums of a step that walks over samples.
-    copies += spec.momentum + (not (spec.one_support_tile and spec.one_query_tile))
+    copies += spec.momentum + walked(spec)
     registers = 64 + (int(copies * sum(tiles)) + 2 * activations) // threads + per_layer * len(tiles)
     staged = max(tiles, default=0) * (2 if spec.precision == "tf32x3" else 1)
     return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)

@@ -97,7 +97,7 @@ def sixteen_bits(SPEC):
 @triton.constexpr_function
 def tight(SPEC):
     """Whether registers run short: where operands are split in two, or a step's sums stand beside the weights."""
-    return SPEC.precision in ("tf32x3", "ieee") or not (SPEC.one_support_tile and SPEC.one_query_tile)
+    return SPEC.precision in ("tf32x3", "ieee") or walked(SPEC)
 
 
 @triton.constexpr_function

@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 
 from bench import gpu, jax_peer
 from bench.gpu_clock import errors, worst
-from bench.gpu_timing import DRY, JAX, Job, Row, exact, in_float64, oracle, ours
+from bench.gpu_timing import DRY, JAX, Job, Row, exact, in_float64
+from bench.peers import oracle, ours
 from bench.workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 import triton
@@ -57,9 +58,10 @@ def target() -> tuple[str, int | str]:
     return found.backend, found.arch
 
 
-def device_name() -> str:
-    """What `kernels/configs/` has a table for."""
-    backend, architecture = target()
+def device_name(device: torch.device) -> str:
+    """What `kernels/configs/` has a table for: backend and architecture, as "cuda-90"."""
+    with on_device(device):
+        backend, architecture = target()
     return f"{backend}-{architecture}"
 
 
@@ -159,7 +161,7 @@ def step(
             **REDUCTION,
             **REDUCTION_OPTIONS,
         )
-    return value, dx, _split(spec, gradient, len(parameters), needed[1:])
+    return value, dx, _split(spec, gradient, needed[1:])
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
@@ -205,17 +207,12 @@ def query_backward(
             outer.reduce_kernel[triton.cdiv(length, REDUCTION["BLOCK"]),](
                 partials, gradient, None, None, 0.0, None, programs, length, 0, **REDUCTION, **REDUCTION_OPTIONS
             )
-    return dx, _split(spec, gradient, len(needed), needed)
+    return dx, _split(spec, gradient, needed)
 
 
 def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
     """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
-    spec, flat = adapted.spec, adapted.weights[tasks]
-    layers: list[tuple[Tensor, Tensor | None]] = []
-    for i, (before, after) in enumerate(zip(spec.widths, spec.widths[1:], strict=False)):
-        weight = flat[:, weight_offset(spec, i) :][:, : after * before].unflatten(1, (after, before))
-        layers.append((weight, flat[:, bias_offset(spec, i) :][:, :after] if spec.biases[i] else None))
-    return layers
+    return _layers(adapted.spec, adapted.weights[tasks])
 
 
 def _spec(plan: Planned, shots: int, queries: int) -> Spec:
@@ -268,17 +265,21 @@ def _tensors(batch: Support | Query) -> tuple[Tensor, Tensor, Tensor | None]:
     return batch.x.contiguous(), batch.y.contiguous(), weight
 
 
-def _split(spec: Spec, flat: Tensor | None, parameters: int, needed: Sequence[bool]) -> Gradients:
+def _layers(spec: Spec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """Views of each layer's weight [..., out, in] and bias [..., out] in what kernels lay out, [..., parameters]."""
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for i, (before, after) in enumerate(pairwise(spec.widths)):
+        weight = flat[..., weight_offset(spec, i) :][..., : after * before].unflatten(-1, (after, before))
+        layers.append((weight, flat[..., bias_offset(spec, i) :][..., :after] if spec.biases[i] else None))
+    return layers
+
+
+def _split(spec: Spec, flat: Tensor | None, needed: Sequence[bool]) -> Gradients:
     """The gradients asked for, as views of the one that the kernels lay out."""
-    gradients: Gradients = [None] * parameters
     if flat is None:
-        return gradients
-    for i, (before, after) in enumerate(zip(spec.widths, spec.widths[1:], strict=False)):
-        if needed[2 * i]:
-            gradients[2 * i] = flat[weight_offset(spec, i) :][: after * before].view(after, before)
-        if needed[2 * i + 1]:
-            gradients[2 * i + 1] = flat[bias_offset(spec, i) :][:after]
-    return gradients
+        return [None] * len(needed)
+    gradients = [gradient for layer in _layers(spec, flat) for gradient in layer]
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
