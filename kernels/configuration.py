@@ -27,6 +27,23 @@ class Config:
     samples: int
 
 
+@dataclass(frozen=True, order=True)
+class DualConfig(Config):
+    """How the dual kernels are laid out; powers of two, and all but `tasks` and `stages` at least 16.
+
+    Attributes:
+        tasks: of a pack; any number.
+        features: of a layer's output that are computed at a time.
+        contracted: features, or samples of an outer gradient, contracted at a time.
+        stages: tiles that are fetched ahead.
+    """
+
+    tasks: int = 1
+    features: int = 64
+    contracted: int = 32
+    stages: int = 3
+
+
 def configuration(device: str, kernel: str, largest_weight: int, problem: Hashable = None) -> Config | None:
     """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, keeps_output, leaves_zero, pull_back
+from .products import dot
 from .spec import activation, depth, lowest, padded, samples, width
 
 
@@ -74,7 +75,7 @@ def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constex
     elif OUT == 1:
         b_z = tl.sum(b_w[:, None] * b_h, 0)[None, :] + b_b[:, None]
     else:
-        b_z = _dot(b_w, b_h, tl.zeros([padded(OUT), samples(SPEC)], tl.float32) + b_b[:, None], SPEC)
+        b_z = dot(b_w, b_h, tl.zeros([padded(OUT), samples(SPEC)], tl.float32) + b_b[:, None], SPEC)
     return b_z
 
 
@@ -86,7 +87,7 @@ def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.con
     elif OUT == 1:
         b_dx = b_w[:, None] * b_d
     else:
-        b_dx = _dot(tl.trans(b_w), b_d, tl.zeros([padded(IN), samples(SPEC)], tl.float32), SPEC)
+        b_dx = dot(tl.trans(b_w), b_d, tl.zeros([padded(IN), samples(SPEC)], tl.float32), SPEC)
     return b_dx
 
 
@@ -97,29 +98,5 @@ def _step(b_w, b_d, b_h, rate, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.con
         b_w -= rate * tl.sum(b_d * b_h, 1)
     else:
         # The input is scaled, not the gradient, which 16 bits may hardly hold as it is.
-        b_w = _dot(b_d, tl.trans(b_h * -rate), b_w, SPEC)
+        b_w = dot(b_d, tl.trans(b_h * -rate), b_w, SPEC)
     return b_w
-
-
-@triton.jit
-def _dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
-    """b_sum + b_a @ b_b, with operands in the precision of SPEC and a sum in float32."""
-    if SPEC.precision == "bf16":
-        b_sum = tl.dot(b_a.to(tl.bfloat16), b_b.to(tl.bfloat16), b_sum)
-    elif SPEC.precision == "fp16":
-        b_sum = tl.dot(b_a.to(tl.float16), b_b.to(tl.float16), b_sum)
-    elif SPEC.precision == "tf32x3":
-        # Triton's own tf32x3 needs a tenth more instructions, and registers that a program of 64 x 64 weights lacks.
-        b_ah, b_bh = _high(b_a), _high(b_b)
-        b_sum = tl.dot(b_ah, b_bh, b_sum, input_precision="tf32")
-        b_sum = tl.dot(b_a - b_ah, b_bh, b_sum, input_precision="tf32")
-        b_sum = tl.dot(b_ah, b_b - b_bh, b_sum, input_precision="tf32")
-    else:
-        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=SPEC.precision)
-    return b_sum
-
-
-@triton.jit
-def _high(b_v):
-    """The part of a float32 that tf32 holds, rounded; what is left is held as well, but for three bits."""
-    return ((b_v.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)

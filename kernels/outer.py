@@ -1,7 +1,52 @@
-"""The reduction over tasks, in a fixed order, so that results repeat bit by bit."""
+"""Outer gradients and losses, reduced over tasks in a fixed order, so that results repeat bit by bit."""
 
 import triton
 import triton.language as tl
+
+from .products import dot
+from .spec import bias_offset, contracted, depth, features, outer_tiles, weight_offset, width
+
+
+@triton.jit(do_not_specialize=["N", "LENGTH"])
+def outer_kernel(p_inputs, p_gradients, p_partials, unit, N, LENGTH, SPEC: tl.constexpr):
+    """The outer gradient of all parameters over LENGTH of N samples: DᵀX and the sum of D, times `unit`.
+
+    p_inputs, p_gradients: of each layer X [N, in] and D [N, out]; None where the gradient is not wanted.  p_partials:
+    [splits, parameters], split i over samples i * LENGTH ...; what is not wanted is not written.
+    """
+    i_tile = tl.program_id(0)
+    i_s = tl.program_id(1)
+    p_partial = p_partials + i_s.to(tl.int64) * weight_offset(SPEC, depth(SPEC))
+    end = tl.minimum((i_s + 1) * LENGTH, N)
+    for i in tl.static_range(depth(SPEC)):
+        if p_gradients[i] is not None:
+            i_o = i_tile - outer_tiles(SPEC, i)
+            if (i_o >= 0) & (i_tile < outer_tiles(SPEC, i + 1)):
+                _outer_tile(p_inputs[i], p_gradients[i], p_partial, unit, i_o, i_s * LENGTH, end, i, SPEC)
+
+
+@triton.jit
+def _outer_tile(p_x, p_d, p_partial, unit, i_o, begin, end, L: tl.constexpr, SPEC: tl.constexpr):
+    IN: tl.constexpr = width(SPEC, L)
+    OUT: tl.constexpr = width(SPEC, L + 1)
+    I: tl.constexpr = features(SPEC, IN)
+    F: tl.constexpr = features(SPEC, OUT)
+    o_in = i_o % tl.cdiv(IN, I) * I + tl.arange(0, I)
+    o_out = i_o // tl.cdiv(IN, I) * F + tl.arange(0, F)
+    b_w = tl.zeros([F, I], tl.float32)
+    b_b = tl.zeros([F], tl.float32)
+    for o in tl.range(begin, end, SPEC.contracted):
+        o_r = o + tl.arange(0, SPEC.contracted)
+        m_d = (o_out < OUT)[:, None] & (o_r < end)[None, :]
+        m_x = (o_r < end)[:, None] & (o_in < IN)[None, :]
+        b_d = tl.load(p_d + o_r.to(tl.int64)[None, :] * OUT + o_out[:, None], mask=m_d, other=0.0)
+        b_x = tl.load(p_x + o_r.to(tl.int64)[:, None] * IN + o_in[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_w = dot(b_d, b_x, b_w, SPEC)
+        b_b += unit * tl.sum(b_d, 1)
+    m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
+    tl.store(p_partial + weight_offset(SPEC, L) + o_out[:, None] * IN + o_in[None, :], b_w * unit, mask=m)
+    if SPEC.biases[L]:
+        tl.store(p_partial + bias_offset(SPEC, L) + o_out, b_b, mask=(o_out < OUT) & (i_o % tl.cdiv(IN, I) == 0))
 
 
 @triton.jit(do_not_specialize=["N", "P", "T"])

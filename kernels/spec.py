@@ -44,6 +44,25 @@ class Spec:
         return weight_offset(self, len(self.activations))
 
 
+@dataclass(frozen=True)
+class DualSpec(Spec):
+    """A network and its inner loop in the dual form; `samples` of a tile may be those of several tasks.
+
+    Attributes:
+        tasks: of a pack, whose samples share tiles.
+        support: samples of a tile that holds a pack's support set, a power of two, at least 16.
+        history: the same for its samples at all inner steps.
+        features: of a layer's output that are computed at a time; and of its input, contracted at a time.
+        contracted: both powers of two, at least 16.
+    """
+
+    tasks: int = 1
+    support: int = 16
+    history: int = 16
+    features: int = 64
+    contracted: int = 32
+
+
 # What kernels ask of a `Spec` while they compile; on the host these are ordinary functions.
 
 
@@ -104,6 +123,34 @@ def tight(SPEC):
 def adapted(SPEC):
     """Whether each layer moves in the inner loop."""
     return SPEC.adapts
+
+
+@triton.constexpr_function
+def first_adapted(SPEC):
+    """The lowest layer that moves; the number of layers where none does."""
+    return SPEC.adapts.index(True) if True in SPEC.adapts else len(SPEC.adapts)
+
+
+@triton.constexpr_function
+def features(SPEC, width):
+    """Of those that the dual kernels compute, as many as they compute at a time."""
+    return min(SPEC.features, max(16, padded(width)))
+
+
+@triton.constexpr_function
+def contracted(SPEC, width):
+    """Of those that the dual kernels contract, as many as they contract at a time."""
+    return min(SPEC.contracted, max(16, padded(width)))
+
+
+@triton.constexpr_function
+def outer_tiles(SPEC, layer):
+    """Tiles of the outer gradients of the layers before one, in the dual kernels."""
+    tiles = 0
+    for i in range(layer):
+        before, after = SPEC.widths[i], SPEC.widths[i + 1]
+        tiles += -(-before // features(SPEC, before)) * -(-after // features(SPEC, after))
+    return tiles
 
 
 @triton.constexpr_function

@@ -1,0 +1,442 @@
+"""The dual engine: launches `kernels/dual.py`, in which no task has weights of its own.
+
+The plan's engine says how: "dual" runs all inner steps of a pack of tasks in one launch and its query pass in another;
+"layered" takes a launch a layer, and spreads the layer's features over the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..batch import Query, Support, cast_targets
+from ..kernels import dual, outer
+from ..kernels.activations import keeps_output
+from ..kernels.configuration import DualConfig
+from ..kernels.spec import DualSpec, features, outer_tiles, padded
+from ..problem import Loss, Problem
+from . import FlatParameters, Gradients, Planned
+from .coefficients import coefficients
+from .launching import compiled_for, inner_numbers, multiprocessors, new, on_device, options, pointers, reduce, split
+from .launching import tensors as contiguous
+from .losses import TaskLoss, task_loss
+
+Layers = list[Tensor | None]  # something of each layer
+
+
+@lru_cache(maxsize=1024)
+def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig) -> DualSpec:
+    """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
+    support = padded(max(2, config.tasks * shots))
+    return DualSpec(
+        **compiled_for(problem, precision),
+        samples=support,
+        tasks=config.tasks,
+        support=support,
+        history=padded(max(2, config.tasks * problem.inner.steps * shots)),
+        features=config.features,
+        contracted=config.contracted,
+    )
+
+
+@dataclass
+class Adapted:
+    """A chunk of tasks after its inner steps.
+
+    Attributes:
+        weights, biases: of each layer, [out, in] and [out], or None; shared by all tasks.
+        inputs, gradients: the history. Of the first layer that moves, its input on the support set [T, S, in], and H
+            [T, S, out]; of those behind it, X_j [T, K, S, in] and D_j [T, K, S, out].
+        shots, steps: at least 1, for kernels divide by them.
+    """
+
+    plan: Planned
+    spec: DualSpec
+    weights: tuple[Tensor | None, ...]
+    biases: tuple[Tensor | None, ...]
+    inputs: Layers
+    gradients: Layers
+    shots: int
+    steps: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.weights)
+
+    @property
+    def first(self) -> int:
+        """The lowest layer that moves; the number of layers where none does."""
+        return self.plan.problem.inner.first_adapted
+
+
+@dataclass
+class Samples:
+    """A set of each task's samples on its way through the layers, and back.
+
+    Attributes:
+        inputs: of each layer [T, N, in], the outputs last.
+        kept: pre-activations [T, N, out] where an activation's derivative is taken from them.
+        gradients: of pre-activations [T, N, out], where they are wanted.  dx: of the features, where it is.
+        base: pre-activations of the first layer that moves, as the shared weights give them.
+        unit: what gradients lack as a factor, so that 16 bits hold them.
+    """
+
+    spec: DualSpec
+    inputs: Layers
+    kept: Layers
+    gradients: Layers
+    base: Tensor | None = None
+    dx: Tensor | None = None
+    unit: float = 1.0
+
+    @property
+    def outputs(self) -> Tensor:
+        assert self.inputs[-1] is not None
+        return self.inputs[-1]
+
+
+def step(
+    plan: Planned,
+    needed: Sequence[bool],
+    parameters: FlatParameters,
+    support: Support,
+    query: Query,
+    share: float | Tensor,
+) -> tuple[Tensor, Tensor | None, Gradients]:
+    """The meta-step of a chunk of tasks; arguments and results as of `batched.step`."""
+    x, y, weight = contiguous(query)
+    adapted = adapt(plan, parameters, support)
+    if plan.problem.outer_loss.name == "callable":
+        samples = query_pass(adapted, x)
+        loss = _task_loss(plan.problem, plan.problem.outer_loss, y, weight)
+        d = loss.gradient(samples.outputs, share if isinstance(share, float) else share[:, None, None])
+        return (loss.values(samples.outputs) * share).sum(), *query_backward(adapted, samples, d, needed[1:], needed[0])
+    with on_device(x.device):
+        samples = _query_samples(adapted, x)
+        lowest = _want(adapted, samples, needed[1:], needed[0])
+        counts, samples.unit = _counts(weight, share, *x.shape[:2])
+        losses = new(x.device, *x.shape[:2])
+        _query(adapted, samples, lowest, y=y, counts=counts, losses=losses)
+        partials = _outer(adapted, samples, needed[1:])
+        # The mean over no sample is nan, as torch has it.
+        gradient, value = reduce(partials, losses.flatten(), share=samples.unit if x.shape[1] else math.nan)
+    assert value is not None
+    return value if x.shape[1] else value + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:])
+
+
+def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
+    """Run the inner steps of a chunk of tasks."""
+    assert plan.precision is not None
+    assert isinstance(plan.config, DualConfig)
+    problem, device, (tasks, shots, _) = plan.problem, support.x.device, support.x.shape
+    steps, depth, widths = problem.inner.steps, problem.network.depth, problem.network.widths
+    spec = spec_of(problem, shots, plan.precision, plan.config)
+    inputs: Layers = [None] * depth
+    gradients: Layers = [None] * depth
+    adapted = Adapted(plan, spec, *pointers(parameters), inputs, gradients, max(shots, 1), max(steps, 1))
+    first = adapted.first
+    if first == depth:
+        return adapted
+    x, y, weight = contiguous(support)
+    with on_device(device):
+        samples = _samples(adapted, x, spec)
+        _shared_forward(adapted, samples)
+        inputs[first], gradients[first] = samples.inputs[first], new(device, tasks, shots, widths[first + 1])
+        for i in range(first + 1, depth):
+            inputs[i] = new(device, tasks, steps, shots, widths[i])
+            gradients[i] = new(device, tasks, steps, shots, widths[i + 1])
+        samples.inputs[:depth], samples.gradients = inputs, gradients
+        counts = None if weight is None else _share(weight)
+        velocity = torch.empty_like(gradients[first]) if spec.momentum else None
+        if plan.engine == "dual":
+            dual.inner_kernel[_programs(spec, tasks, shots),](
+                adapted.weights, adapted.biases, *_numbers(problem, device), samples.base, y, counts, 1 / shots,
+                tuple(samples.inputs), tuple(gradients), velocity, tuple(samples.kept), tasks, shots, steps, spec,
+                **_options(plan),
+            )  # fmt: skip
+        else:
+            _steps(adapted, samples, y, weight, counts, velocity)
+    return adapted
+
+
+def query_pass(adapted: Adapted, x: Tensor) -> Samples:
+    """The adapted networks on query features [t, Q, in]."""
+    with on_device(x.device):
+        samples = _query_samples(adapted, x.contiguous())
+        _query(adapted, samples)
+    return samples
+
+
+def query_backward(
+    adapted: Adapted, samples: Samples, d: Tensor, needed: Sequence[bool], features: bool
+) -> tuple[Tensor | None, Gradients]:
+    """The query pass in reverse; arguments and results as of `batched.query_backward`."""
+    with on_device(d.device):
+        lowest = _want(adapted, samples, needed, features)
+        _query(adapted, samples, lowest, cotangent=d.contiguous())
+        gradient, _ = reduce(_outer(adapted, samples, needed))
+    return samples.dx, split(adapted.spec, gradient, needed)
+
+
+def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
+    count, inner = tasks.stop - tasks.start, adapted.plan.problem.inner
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for i, (weight, bias) in enumerate(zip(adapted.weights, adapted.biases, strict=True)):
+        assert weight is not None
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        x, d = adapted.inputs[i], adapted.gradients[i]
+        if x is None or d is None or not inner.adapt[i]:
+            layers.append((weight.expand(count, -1, -1), None if bias is None else bias.expand(count, -1)))
+            continue
+        numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
+        d = d[tasks] if i == adapted.first else d[tasks] * d.new_tensor(numbers.history[-1])[:, None, None]
+        d, s = d.flatten(1, -2), numbers.shared[-1]
+        fast = torch.baddbmm(weight, d.mT, x[tasks].float().flatten(1, -2), beta=s, alpha=-1.0)
+        layers.append((fast, None if bias is None else s * bias - d.sum(1)))
+    return layers
+
+
+def _samples(adapted: Adapted, x: Tensor, spec: DualSpec) -> Samples:
+    """Samples x [T, N, in], and room for what becomes of them."""
+    outputs = [new(x.device, *x.shape[:2], width) for width in spec.widths[1:]]
+    kept = [
+        None if keeps_output(activation) else torch.empty_like(z)
+        for activation, z in zip(spec.activations, outputs, strict=True)
+    ]
+    base = torch.empty_like(outputs[adapted.first]) if adapted.first < adapted.depth else None
+    return Samples(spec, [x, *outputs], kept, [None] * adapted.depth, base)
+
+
+def _query_samples(adapted: Adapted, x: Tensor) -> Samples:
+    assert isinstance(adapted.plan.config, DualConfig)
+    samples = _samples(adapted, x, replace(adapted.spec, samples=adapted.plan.config.samples))
+    _shared_forward(adapted, samples)
+    return samples
+
+
+def _want(adapted: Adapted, samples: Samples, needed: Sequence[bool], features: bool) -> int:
+    """Make room for gradients; returns the lowest layer whose pre-activations' are wanted, -1 for the features'."""
+    x = samples.inputs[0]
+    assert x is not None
+    wanted = [w or b for w, b in zip(needed[0::2], needed[1::2], strict=True)]
+    lowest = -1 if features else wanted.index(True) if True in wanted else adapted.depth
+    if lowest < adapted.depth:
+        # The kernels stop at the first layer that moves at the earliest.
+        for i in range(max(min(lowest, adapted.first), 0), adapted.depth):
+            samples.gradients[i] = new(x.device, *x.shape[:2], adapted.spec.widths[i + 1])
+    samples.dx = new(x.device, *x.shape) if features else None
+    return lowest
+
+
+def _shared_forward(adapted: Adapted, samples: Samples) -> None:
+    """Run the layers below the first that moves, and that one's base."""
+    for i in range(adapted.first):
+        _forward_shared_layer(adapted, samples, i, samples.inputs, samples.kept)
+    if samples.base is not None:
+        base: Layers = [None] * adapted.depth
+        base[adapted.first] = samples.base
+        below = [*samples.inputs[: adapted.first + 1], *[None] * (adapted.depth - adapted.first)]
+        _forward_shared_layer(adapted, samples, adapted.first, below, base)
+
+
+def _forward_shared_layer(adapted: Adapted, samples: Samples, i: int, inputs: Layers, kept: Layers) -> None:
+    rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i + 1])
+    dual.forward_kernel[_programs(spec, 1, rows), tiles](
+        adapted.weights[i], adapted.biases[i], None, None, None, None, None, tuple(inputs), tuple(kept),
+        1, rows, 1, 1, 0, True, i, spec, **_options(adapted.plan),
+    )  # fmt: skip
+
+
+def _steps(
+    adapted: Adapted, samples: Samples, y: Tensor, weight: Tensor | None, counts: Tensor | None, velocity: Tensor | None
+) -> None:
+    """All inner steps, layer by layer."""
+    problem = adapted.plan.problem
+    loss = _task_loss(problem, problem.loss, y, weight) if problem.loss.name == "callable" else None
+    for k in range(problem.inner.steps):
+        for i in range(adapted.first, adapted.depth):
+            _forward_layer(adapted, samples, i, k, query=False)
+        cotangent = None if loss is None else loss.gradient(samples.outputs, 1.0).contiguous()
+        _loss(adapted, samples, k, y=y, counts=counts, cotangent=cotangent, velocity=velocity, query=False)
+        for i in range(adapted.depth - 1, adapted.first, -1):
+            _backward_layer(adapted, samples, i, k, velocity=velocity, query=False)
+
+
+def _query(
+    adapted: Adapted,
+    samples: Samples,
+    lowest: int | None = None,
+    *,
+    y: Tensor | None = None,
+    counts: Tensor | None = None,
+    losses: Tensor | None = None,
+    cotangent: Tensor | None = None,
+) -> None:
+    """The query pass from the first layer that moves: forward, unless a cotangent is given, and back to `lowest`."""
+    plan, first, depth, k = adapted.plan, adapted.first, adapted.depth, adapted.plan.problem.inner.steps
+    lowest = depth if lowest is None else lowest
+    x = samples.inputs[0]
+    assert x is not None
+    tasks, queries, _ = x.shape
+    if plan.engine == "dual" and first < depth:
+        gradients = tuple(samples.gradients) if lowest < depth else None
+        _, *past = _numbers(plan.problem, x.device)
+        dual.query_kernel[_programs(samples.spec, tasks, queries),](
+            adapted.weights, adapted.biases, *past, samples.base, tuple(adapted.inputs), tuple(adapted.gradients),
+            y, counts, 1.0, cotangent, tuple(samples.inputs), gradients, tuple(samples.kept), losses, samples.dx,
+            samples.unit, tasks, queries, adapted.shots, adapted.steps, lowest < first, samples.spec, **_options(plan),
+        )  # fmt: skip
+    else:
+        if cotangent is None:
+            for i in range(first, depth):
+                _forward_layer(adapted, samples, i, k, query=True)
+        if y is not None or cotangent is not None:
+            _loss(adapted, samples, k, y=y, counts=counts, losses=losses, cotangent=cotangent, query=True)
+        for i in range(depth - 1, max(first - (lowest < first), lowest), -1):
+            _backward_layer(adapted, samples, i, k, query=True)
+    for i in range(first - 1, lowest, -1):
+        rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i])
+        dual.backward_kernel[_programs(spec, 1, rows), tiles](
+            adapted.weights[i], None, None, None, None, tuple(samples.inputs), tuple(samples.gradients),
+            tuple(samples.kept), samples.dx, samples.unit, None, None, 1, rows, 1, 1, 0, True, i, spec,
+            **_options(plan),
+        )  # fmt: skip
+
+
+def _forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query: bool) -> None:
+    outputs = samples.outputs
+    tasks, rows, _ = outputs.shape
+    _, *past = _numbers(adapted.plan.problem, outputs.device)
+    dual.forward_kernel[_programs(samples.spec, tasks, rows), _tiles(samples.spec, adapted.spec.widths[i + 1])](
+        adapted.weights[i], adapted.biases[i], samples.base if i == adapted.first else None, *past,
+        tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs), tuple(samples.kept),
+        tasks, rows, adapted.shots, adapted.steps, k, query, i, samples.spec, **_options(adapted.plan),
+    )  # fmt: skip
+
+
+def _loss(
+    adapted: Adapted,
+    samples: Samples,
+    k: int,
+    *,
+    y: Tensor | None,
+    counts: Tensor | None = None,
+    losses: Tensor | None = None,
+    cotangent: Tensor | None = None,
+    velocity: Tensor | None = None,
+    query: bool,
+) -> None:
+    tasks, rows, _ = samples.outputs.shape
+    inner, *_ = _numbers(adapted.plan.problem, samples.outputs.device)
+    wanted = samples.gradients[-1] is not None
+    dual.loss_kernel[_programs(samples.spec, tasks, rows),](
+        y, counts, 1.0 if query else 1 / rows, cotangent, losses, tuple(samples.inputs),
+        tuple(samples.gradients) if wanted else None, tuple(samples.kept), None if query else inner, velocity,
+        tasks, rows, adapted.shots, adapted.steps, k, query, samples.spec, **_options(adapted.plan),
+    )  # fmt: skip
+
+
+def _backward_layer(
+    adapted: Adapted, samples: Samples, i: int, k: int, *, velocity: Tensor | None = None, query: bool
+) -> None:
+    tasks, rows, _ = samples.outputs.shape
+    inner, *past = _numbers(adapted.plan.problem, samples.outputs.device)
+    dual.backward_kernel[_programs(samples.spec, tasks, rows), _tiles(samples.spec, adapted.spec.widths[i])](
+        adapted.weights[i], *past, tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs),
+        tuple(samples.gradients), tuple(samples.kept), samples.dx, samples.unit, None if query else inner, velocity,
+        tasks, rows, adapted.shots, adapted.steps, k, query, i, samples.spec, **_options(adapted.plan),
+    )  # fmt: skip
+
+
+def _outer(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> Tensor | None:
+    """Partial outer gradients of all parameters, [splits, parameters]; None where none is wanted."""
+    if not any(needed):
+        return None
+    outputs, spec = samples.outputs, adapted.spec
+    wanted = [w or b for w, b in zip(needed[0::2], needed[1::2], strict=True)]
+    gradients = tuple(d if want else None for d, want in zip(samples.gradients, wanted, strict=True))
+    rows, tiles = outputs.shape[0] * outputs.shape[1], outer_tiles(spec, adapted.depth)
+    # Enough programs that no multiprocessor idles, each with enough samples to be worth its partial sum.
+    splits = max(1, min(2 * multiprocessors(outputs.device) // tiles, rows // (4 * spec.contracted)))
+    length = -(-rows // splits // spec.contracted) * spec.contracted if rows else spec.contracted
+    splits = max(1, -(-rows // length))
+    partials = new(outputs.device, splits, spec.parameters)
+    outer.outer_kernel[tiles, splits](
+        tuple(samples.inputs), gradients, partials, samples.unit, rows, length, spec, **_options(adapted.plan)
+    )
+    return partials
+
+
+def _counts(
+    weight: Tensor | None, share: float | Tensor, tasks: int, queries: int
+) -> tuple[Tensor | None, float]:
+    """What each sample counts in the meta-loss, [T, Q] or None where all are alike, and the unit it is counted in.
+
+    In that unit gradients are of the size of a sample's own, which 16 bits hold.
+    """
+    per_task = max(queries, 1)
+    counts = None if weight is None else _share(weight) * per_task
+    if not isinstance(share, Tensor):
+        return counts, share / per_task
+    # Shares of the mean over tasks are near 1 / T, shares of their sum near 1, and which they are only the device knows.
+    middle = math.sqrt(tasks)
+    shares = share.float()[:, None] * middle
+    return (shares.expand(tasks, queries).contiguous() if counts is None else counts * shares), 1 / (per_task * middle)
+
+
+@cache  # for good: a captured graph reads them wherever they lie
+def _numbers(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Momentum, weight decay and rates, as `inner_numbers`; s [K + 1, layers]; c [K + 1, layers, K]."""
+    inner = problem.inner
+    found = [coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay) for i in range(problem.network.depth)]
+    shared = [[numbers.shared[k] for numbers in found] for k in range(inner.steps + 1)]
+    past = [
+        [[*numbers.history[k], *[0.0] * (inner.steps - k)] for numbers in found] for k in range(inner.steps + 1)
+    ]
+    shrink, history = (torch.tensor(rows, dtype=torch.float32, device=device) for rows in (shared, past))
+    return inner_numbers(problem, device), shrink, history
+
+
+def _share(weight: Tensor) -> Tensor:
+    """What each sample counts in the loss of its task."""
+    weight = weight.float()
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _task_loss(problem: Problem, loss: Loss, y: Tensor, weight: Tensor | None) -> TaskLoss:
+    weight = None if weight is None else weight.float()
+    return task_loss(loss, cast_targets(y, torch.float32), weight, problem.network.out_features, torch.float32)
+
+
+def _shared(samples: Samples, i: int, width: int) -> tuple[int, int, DualSpec]:
+    """Rows, tiles of features, and the spec of a layer that does not move: to it all samples are of one task."""
+    x = samples.inputs[0]
+    assert x is not None
+    rows, tiles = x.shape[0] * x.shape[1], _tiles(samples.spec, width)
+    # Blocks as large as leave no multiprocessor idle.
+    large = [block for block in (64, 32) if -(-rows // block) * tiles >= multiprocessors(x.device)]
+    block = large[0] if large else 16
+    return rows, tiles, replace(samples.spec, adapts=(False,) * len(samples.kept), tasks=1, samples=block)
+
+
+def _programs(spec: DualSpec, tasks: int, rows: int) -> int:
+    """Packs of tasks times blocks of a pack's samples."""
+    return -(-tasks // spec.tasks) * -(-spec.tasks * rows // spec.samples)
+
+
+def _tiles(spec: DualSpec, width: int) -> int:
+    tiles: int = triton.cdiv(width, features(spec, width))
+    return tiles
+
+
+def _options(plan: Planned) -> dict[str, int | bool]:
+    assert isinstance(plan.config, DualConfig)
+    return options(plan.config.warps, plan.config.stages)

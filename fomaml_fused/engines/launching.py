@@ -1,0 +1,174 @@
+"""What the launchers of kernels share: the device, tensors as kernels take them, the ordered reduction.
+
+Imports Triton, so it is imported only where a plan asks for kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..batch import Query, Support
+from ..kernels import outer
+from ..kernels.resources import REGISTERS
+from ..kernels.spec import Spec, bias_offset, weight_offset
+from ..problem import Loss, Problem
+from . import FlatParameters, Gradients
+
+# The ordered reduction: rows and columns of a tile of gradients, losses at a time, and how it is launched.
+REDUCTION = {"ROWS": 16, "BLOCK": 64, "LOSSES": 512}
+REDUCTION_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+INTERPRETED_MULTIPROCESSORS = 2  # few, so that programs walk over tasks and samples as they do on a device
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device; None where they can."""
+    if interpreted():
+        return None
+    try:
+        served = triton.runtime.driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        return f"Triton finds no driver ({error})"
+    if served.type != device.type:
+        return f"Triton's active driver serves {served.type} tensors"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; TRITON_INTERPRET=1 decides when they are first imported."""
+    return isinstance(outer.reduce_kernel, InterpretedFunction)
+
+
+def target() -> tuple[str, int | str]:
+    """Backend and architecture of the current device, as ("cuda", 90); ("cpu", 0) where kernels are interpreted."""
+    if interpreted():
+        return "cpu", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch
+
+
+def device_name(device: torch.device) -> str:
+    """What `kernels/configs/` has a table for: backend and architecture, as "cuda-90"."""
+    with on_device(device):
+        backend, architecture = target()
+    return f"{backend}-{architecture}"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return 1 << 30 if interpreted() else int(properties(device)["max_shared_mem"])
+
+
+@lru_cache(maxsize=64)
+def properties(device: torch.device) -> dict[str, int]:
+    """What Triton's driver tells of a device."""
+    driver = triton.runtime.driver.active
+    index = driver.get_current_device() if device.index is None else device.index
+    properties: dict[str, int] = driver.utils.get_deviceproperties(index)
+    return properties
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of them the device has; few where kernels are interpreted, so that small problems are not all padding."""
+    return INTERPRETED_MULTIPROCESSORS if interpreted() else int(properties(device)["multiprocessor_count"])
+
+
+def options(warps: int, stages: int) -> dict[str, int | bool]:
+    """How a kernel is compiled."""
+    found = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    # Told that it may have them all, ptxas does not spill some for the sake of an occupancy nobody asked for.
+    return found | ({"maxnreg": REGISTERS} if target()[0] == "cuda" else {})
+
+
+def reduce(
+    partials: Tensor | None, losses: Tensor | None = None, shares: Tensor | None = None, share: float = 0.0
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum partial gradients [N, parameters], and losses times their shares, in a fixed order; None where not given."""
+    found = losses if partials is None else partials
+    if found is None:
+        return None, None
+    count, length = partials.shape if partials is not None else (0, 0)
+    gradient = None if partials is None else new(found.device, length)
+    value = None if losses is None else new(found.device)
+    blocks = triton.cdiv(length, REDUCTION["BLOCK"]) + (losses is not None)
+    outer.reduce_kernel[blocks,](
+        partials, gradient, losses, shares, share, value, count, length, 0 if losses is None else len(losses),
+        **REDUCTION, **REDUCTION_OPTIONS,
+    )  # fmt: skip
+    return gradient, value
+
+
+def new(device: torch.device, *shape: int) -> Tensor:
+    """Uninitialised float32 numbers."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _loss(loss: Loss) -> tuple[str, tuple[float, ...]]:
+    """A loss as kernels name it."""
+    options = {"huber": (loss.delta,), "cross_entropy": (loss.label_smoothing,)}
+    return loss.name, options.get(loss.name, ())
+
+
+def compiled_for(problem: Problem, precision: str) -> dict[str, Any]:
+    """What all kernels are compiled for."""
+    described, inner = problem.network.layers, problem.inner
+    return {
+        "widths": problem.network.widths,
+        "biases": tuple(layer.bias for layer in described),
+        "activations": tuple((layer.activation.name, layer.activation.parameters) for layer in described),
+        "adapts": inner.adapt if inner.steps else (False,) * len(described),
+        "loss": _loss(problem.loss),
+        "outer_loss": _loss(problem.outer_loss),
+        # The first step has no velocity yet, so one step has no momentum.
+        "momentum": inner.momentum > 0.0 and inner.steps > 1,
+        "decay": inner.weight_decay > 0.0,
+        "precision": precision,
+    }
+
+
+@cache  # for good: a captured graph reads them wherever they lie
+def inner_numbers(problem: Problem, device: torch.device) -> Tensor:
+    """Momentum, weight decay and the rate of each step and layer, as the kernels read them."""
+    inner = problem.inner
+    numbers = [inner.momentum, inner.weight_decay, *(rate for row in inner.rates for rate in row)]
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def pointers(parameters: FlatParameters) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    flat = [None if p is None else p.contiguous() for p in parameters]
+    return tuple(flat[0::2]), tuple(flat[1::2])
+
+
+def tensors(batch: Support | Query) -> tuple[Tensor, Tensor, Tensor | None]:
+    weight = None if batch.weight is None else batch.weight.contiguous()
+    return batch.x.contiguous(), batch.y.contiguous(), weight
+
+
+def layers(spec: Spec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+    """Views of each layer's weight [..., out, in] and bias [..., out] in what kernels lay out, [..., parameters]."""
+    layers: list[tuple[Tensor, Tensor | None]] = []
+    for i, (before, after) in enumerate(pairwise(spec.widths)):
+        weight = flat[..., weight_offset(spec, i) :][..., : after * before].unflatten(-1, (after, before))
+        layers.append((weight, flat[..., bias_offset(spec, i) :][..., :after] if spec.biases[i] else None))
+    return layers
+
+
+def split(spec: Spec, flat: Tensor | None, needed: Sequence[bool]) -> Gradients:
+    """The gradients asked for, as views of the one that the kernels lay out."""
+    if flat is None:
+        return [None] * len(needed)
+    gradients = [gradient for layer in layers(spec, flat) for gradient in layer]
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]

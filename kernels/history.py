@@ -1,0 +1,117 @@
+"""What the dual form is made of: where samples and their history lie, products with history, corrections by it.
+
+Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps. `rows` are those of
+a tile: where those of its pack of tasks begin, which they are from there, and which of them exist. On chip, samples are
+columns. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
+"""
+
+import triton
+import triton.language as tl
+
+from .products import dot
+from .spec import depth, first_adapted, samples
+
+
+@triton.constexpr_function
+def largest(SPEC):
+    """What an operand of a product may hold."""
+    return 65504.0 if SPEC.precision == "fp16" else 3e38
+
+
+@triton.jit
+def places(i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
+    """Where block i_b of the samples of pack i_p lies, [T, N, ...], and their tasks' history.
+
+    Returns the rows of the samples; their rows in step 0 of [T, K, S, ...]; the rows of the pack in [T, S, ...], and
+    which are of a sample's task [support, B]; the same in [T, K, S, ...], and the step of each row.
+    """
+    here, i_task = _rows(i_p, i_b * samples(SPEC), T, N, samples(SPEC), SPEC)
+    support, i_support = _rows(i_p, 0, T, S, SPEC.support, SPEC)
+    past, i_past = _rows(i_p, 0, T, K * S, SPEC.history, SPEC)
+    begin = past[0], i_task * (K * S) + here[1] % N, here[2]
+    first = support, _of_one_task(support[2], i_support, here[2], i_task, SPEC)
+    later = past, _of_one_task(past[2], i_past, here[2], i_task, SPEC), past[1] % (K * S) // S
+    return here, begin, first, later
+
+
+@triton.jit
+def _rows(i_p, o, T, N, LENGTH: tl.constexpr, SPEC: tl.constexpr):
+    """Rows o ... of pack i_p in [T, N, ...], and the task of each within the pack."""
+    o_r = o + tl.arange(0, LENGTH)
+    i_task = o_r // N
+    m = (i_task < SPEC.tasks) & (i_p * SPEC.tasks + i_task < T)
+    return (tl.cast(i_p, tl.int64) * SPEC.tasks * N, o_r, m), i_task
+
+
+@triton.jit
+def _of_one_task(m_h, i_h, m_s, i_s, SPEC: tl.constexpr):
+    m = m_h[:, None] & m_s[None, :]
+    if SPEC.tasks > 1:
+        m = m & (i_h[:, None] == i_s[None, :])
+    return m
+
+
+@triton.jit
+def step_rows(begin, k, S):
+    """Rows of step k in [T, K, S, ...]."""
+    return begin[0], begin[1] + k * S, begin[2]
+
+
+@triton.jit
+def history(p_past, first, later, k, K, L: tl.constexpr, SPEC: tl.constexpr):
+    """Layer L's history before step k: its rows, and -c_j where of a sample's task, [history, B].
+
+    p_past: c [K + 1, layers, K].  first, later: as `places` gives them.
+    """
+    if L == first_adapted(SPEC):
+        rows, m_pairs = first
+        rows = rows[0], rows[1], rows[2] & (k > 0)
+        b_c = tl.where(m_pairs, -1.0, 0.0)
+    else:
+        rows, m_pairs, i_step = later
+        rows = rows[0], rows[1], rows[2] & (i_step < k)
+        b_step = tl.load(p_past + (k * depth(SPEC) + L) * K + i_step, mask=rows[2], other=0.0)
+        b_c = tl.where(m_pairs, -b_step[:, None], 0.0)
+    return rows, b_c
+
+
+@triton.jit
+def weigh(p_h, past, b_c, p_v, rows, one, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPEC: tl.constexpr):
+    """c_j (H V.T + one) of history with samples, of WIDTH features, BLOCK at a time; [history, B]."""
+    b_products = tl.zeros(b_c.shape, tl.float32)
+    for o in tl.range(0, WIDTH, BLOCK):
+        o_f = o + tl.arange(0, BLOCK)
+        b_h = tl.trans(load(p_h, past, o_f, WIDTH))
+        b_products = dot(b_h, load(p_v, rows, o_f, WIDTH), b_products, SPEC)
+    # Of other tasks a product may be nan, which times 0 is not 0.
+    return tl.where(b_c == 0.0, 0.0, (b_products + one) * b_c)
+
+
+@triton.jit
+def correct(b_v, p_h, past, b_weights, o_f, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    """Features o_f of samples, [F, B], plus those of their history by what `weigh` gives."""
+    b_h = load(p_h, past, o_f, WIDTH)  # [F, history]
+    if SPEC.tasks > 1:
+        # 0 times what a diverged task left is nan for every task of its pack: for the others it is taken out, and the
+        # task's own samples, which it might look sound without, are nan.
+        m_sound = tl.abs(b_h) < largest(SPEC)
+        b_h = tl.where(m_sound, b_h, 0.0)
+        b_spoilt = tl.max(tl.where(m_sound, 0.0, 1.0), 0)[:, None]
+        b_spoilt = tl.max(tl.where(b_weights == 0.0, 0.0, b_spoilt), 0)[None, :]
+        b_v = tl.where(b_spoilt > 0.0, float("nan"), b_v)
+    return dot(b_h, b_weights, b_v, SPEC)
+
+
+@triton.jit
+def load(p, rows, o_f, WIDTH: tl.constexpr):
+    """Features o_f of rows as columns, [F, rows]; 0 past their end and in rows that do not exist."""
+    i, o, m = rows
+    m = m[None, :] & (o_f < WIDTH)[:, None]
+    return tl.load(p + i * WIDTH + o[None, :] * WIDTH + o_f[:, None], mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(p, rows, o_f, b_v, WIDTH: tl.constexpr):
+    """Store columns [F, rows] as features o_f of rows."""
+    i, o, m = rows
+    tl.store(p + i * WIDTH + o[None, :] * WIDTH + o_f[:, None], b_v, mask=m[None, :] & (o_f < WIDTH)[:, None])

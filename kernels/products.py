@@ -1,0 +1,28 @@
+"""Products of tiles, with operands in the precision that a kernel is compiled for and sums in float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
+    """b_sum + b_a @ b_b, with operands in the precision of SPEC and a sum in float32."""
+    if SPEC.precision == "bf16":
+        b_sum = tl.dot(b_a.to(tl.bfloat16), b_b.to(tl.bfloat16), b_sum)
+    elif SPEC.precision == "fp16":
+        b_sum = tl.dot(b_a.to(tl.float16), b_b.to(tl.float16), b_sum)
+    elif SPEC.precision == "tf32x3":
+        # Triton's own tf32x3 needs a tenth more instructions, and registers that a program of 64 x 64 weights lacks.
+        b_ah, b_bh = _high(b_a), _high(b_b)
+        b_sum = tl.dot(b_ah, b_bh, b_sum, input_precision="tf32")
+        b_sum = tl.dot(b_a - b_ah, b_bh, b_sum, input_precision="tf32")
+        b_sum = tl.dot(b_ah, b_b - b_bh, b_sum, input_precision="tf32")
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=SPEC.precision)
+    return b_sum
+
+
+@triton.jit
+def _high(b_v):
+    """The part of a float32 that tf32 holds, rounded; what is left is held as well, but for three bits."""
+    return ((b_v.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
