@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from .engines import fold_step
 from .problem import Layer
 
 
@@ -41,17 +43,17 @@ CPU = Device("cpu", launch=4e-6, matrix=0.12e-6, flops=200e9, cached=60e9, strea
 GPU = Device("gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20)
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One torch op: how many matrices, its flops, and the bytes it reads and writes."""
+class Operation(NamedTuple):
+    """Torch ops: how many, and how many matrices, flops and bytes read and written they have together."""
 
+    launches: int
     matrices: int
     flops: float
     bytes: float
 
     def seconds(self, device: Device, working_set: float) -> float:
         traffic = self.bytes / device.bandwidth(working_set)
-        return device.launch + self.matrices * device.matrix + self.flops / device.flops + traffic
+        return self.launches * device.launch + self.matrices * device.matrix + self.flops / device.flops + traffic
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class Shape:
     momentum: bool
     decay: bool
 
-    def product(self, matrices: int, m: int, k: int, n: int, passes: int = 1) -> Operation:
-        """`matrices` products [m, k] x [k, n]; `passes` over the result, 2 where it is added to."""
+    def product(self, matrices: int, m: int, k: float, n: float, passes: int = 1, count: int = 1) -> Operation:
+        """`matrices` products [m, k] x [k, n], `count` times; `passes` over the result, 2 where it is added to."""
         traffic = matrices * self.itemsize * (m * k + k * n + passes * m * n)
-        return Operation(matrices if matrices > 1 else 0, 2.0 * matrices * m * k * n, traffic)
+        separate = matrices if matrices > 1 else 0
+        return Operation(count, count * separate, count * 2.0 * matrices * m * k * n, count * traffic)
 
-    def elementwise(self, numbers: int) -> Operation:
-        """An op that reads and writes `numbers` numbers."""
-        return Operation(0, numbers, 2 * numbers * self.itemsize)
+    def elementwise(self, numbers: float, count: int = 1) -> Operation:
+        """Ops that read and write `numbers` numbers each."""
+        return Operation(count, 0, count * numbers, count * 2 * numbers * self.itemsize)
 
 
 # A layer's pass over one tile of samples, forward or backward, in a program of its own: a chain of a product, a barrier
@@ -96,80 +99,105 @@ def layer_operations(layer: Layer, form: str, first: bool, shape: Shape) -> Iter
     """Every operation of a layer in one meta-step of a chunk.
 
     Args:
-        form: "shared", "primal" or "dual".
+        form: "shared", "primal", "dual", or "dual:k".
         first: whether the layer is the first that moves: nothing flows below it on the support set.
     """
     t, s, q, steps = shape.tasks, shape.shots, shape.queries, shape.steps
     i, o = layer.in_features, layer.out_features
     mm, elementwise = shape.product, shape.elementwise
+    dual = _dual_steps(form, steps)
 
-    for _ in range(steps):
-        yield from [elementwise(t * s * o)] * 2
-    if form == "primal":
-        yield mm(1, t * s, i, o)
-        for k in range(steps):
-            if k > 0:
-                yield mm(t, s, i, o)
-            if not first:
-                yield mm(t, s, o, i) if k > 0 else mm(1, t * s, o, i)
-            yield mm(t, o, s, i, passes=1 if k == 0 else 2)
-            yield from [elementwise(t * s * o)] * (2 * layer.bias)
-            if shape.momentum:
-                yield from [elementwise(t * i * o)] * (1 + shape.decay)
-        yield mm(t, q, i, o)
-        yield mm(t, q, o, i)
-    elif form == "dual" and first:
+    yield elementwise(t * s * o, count=2 * steps)
+    yield elementwise(t * q * o, count=2)
+    yield mm(1, o, t * q, i, passes=2)
+    if form == "shared":
+        yield from _shared_passes(layer, shape, s, count=steps)
+        yield from _shared_passes(layer, shape, q)
+        return
+    if dual and first:
         yield mm(1, t * s, i, o)
         yield mm(t, s, i, s)
-        for _ in range(steps):
-            yield mm(t, s, s, o)
-            yield from [elementwise(t * s * o)] * (1 + shape.momentum)
+        yield mm(t, s, s, o, count=dual)
+        yield elementwise(t * s * o, count=dual * (1 + shape.momentum))
+    elif dual:
+        yield from _dual_passes(layer, shape, s, 0.0)
+        yield from _dual_passes(layer, shape, s, dual * s / 2, count=dual - 1)  # the mean of s, ..., (dual - 1) * s
+        yield elementwise(t * s * i, count=dual)
+        yield elementwise(t * s * o, count=dual)
+    if fold_step(form):
+        moving = shape.momentum and dual < steps
+        yield mm(t, o, s if first else dual * s, i, count=2 if moving else 1)
+    if form == "dual" and first:
         yield mm(1, t * q, i, o)
         yield mm(t, q, i, s)
         yield mm(t, q, s, o, passes=2)
     elif form == "dual":
-        for k in range(steps + 1):
-            rows, past = (s if k < steps else q), k * s
-            yield mm(1, t * rows, i, o)
-            yield mm(1, t * rows, o, i)
-            if past:
-                yield mm(t, rows, i, past)
-                yield mm(t, rows, past, o, passes=2)
-                yield mm(t, rows, o, past)
-                yield mm(t, rows, past, i, passes=2)
-                if shape.momentum or shape.decay:
-                    yield from [elementwise(t * rows * past)] * 2
-            if k < steps:
-                yield elementwise(t * s * i)
-                yield elementwise(t * s * o)
+        yield from _dual_passes(layer, shape, q, dual * s)
     else:
-        for k in range(steps + 1):
-            rows = s if k < steps else q
-            yield mm(1, t * rows, i, o)
-            yield mm(1, t * rows, o, i)
-    yield from [elementwise(t * q * o)] * 2
-    yield mm(1, o, t * q, i, passes=2)
+        yield from _primal_steps(layer, first, shape, dual)
+        yield mm(t, q, i, o)
+        yield mm(t, q, o, i)
+
+
+def _dual_steps(form: str, steps: int) -> int:
+    """How many inner steps a layer takes in the dual form."""
+    return fold_step(form) or (steps if form == "dual" else 0)
+
+
+def _shared_passes(layer: Layer, shape: Shape, rows: int, count: int = 1) -> Iterator[Operation]:
+    """Forward and backward of `rows` samples a task through the shared weights."""
+    yield shape.product(1, shape.tasks * rows, layer.in_features, layer.out_features, count=count)
+    yield shape.product(1, shape.tasks * rows, layer.out_features, layer.in_features, count=count)
+
+
+def _dual_passes(layer: Layer, shape: Shape, rows: int, past: float, count: int = 1) -> Iterator[Operation]:
+    """Forward and backward of `rows` samples a task, corrected by a history of `past` samples."""
+    t, i, o, mm = shape.tasks, layer.in_features, layer.out_features, shape.product
+    yield from _shared_passes(layer, shape, rows, count)
+    if past:
+        yield mm(t, rows, i, past, count=count)
+        yield mm(t, rows, past, o, passes=2, count=count)
+        yield mm(t, rows, o, past, count=count)
+        yield mm(t, rows, past, i, passes=2, count=count)
+        if shape.momentum or shape.decay:
+            yield shape.elementwise(t * rows * past, count=2 * count)
+
+
+def _primal_steps(layer: Layer, first: bool, shape: Shape, start: int) -> Iterator[Operation]:
+    """The inner steps from `start` on, each a pass and an update; step 0 reads the shared weights."""
+    t, s, i, o, mm = shape.tasks, shape.shots, layer.in_features, layer.out_features, shape.product
+    if start == 0:
+        yield mm(1, t * s, i, o)
+        yield mm(1, t * s, o, i, count=not first)
+        yield mm(t, o, s, i)
+    later = shape.steps - max(start, 1)
+    yield mm(t, s, i, o, count=later)
+    yield mm(t, s, o, i, count=later * (not first))
+    yield mm(t, o, s, i, passes=2, count=later)
+    yield shape.elementwise(t * s * o, count=(shape.steps - start) * 2 * layer.bias)
+    if shape.momentum:
+        yield shape.elementwise(t * i * o, count=(shape.steps - start) * (1 + shape.decay))
 
 
 def layer_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     """Bytes that a layer holds for a chunk between its inner steps and its outer gradient."""
     s, q = shape.shots, shape.queries
     i, o = layer.in_features, layer.out_features
-    rows = s + q
+    rows, dual = s + q, _dual_steps(form, shape.steps)
     held = rows * (i + 2 * o)  # inputs, what the activation keeps, gradients
-    if form == "primal":
+    if form == "primal" or fold_step(form):
         held += o * (i + 1) * (2 if shape.momentum else 1)
-    elif form == "dual" and first:
+    if dual and first:
         held += s * o * (2 + shape.momentum) + rows * s
-    elif form == "dual":
-        held += shape.steps * s * (i + o) + 2 * rows * shape.steps * s
+    elif dual:
+        held += dual * s * (i + o) + 2 * rows * dual * s
     return float(held * shape.tasks * shape.itemsize)
 
 
 def state_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     """Bytes of a chunk's adapted layer, as `adapt` and `predict` keep it."""
     i, o, s = layer.in_features, layer.out_features, shape.shots
-    if form == "primal":
+    if form == "primal" or fold_step(form):
         held = o * (i + layer.bias)
     elif form == "dual" and first:
         held = s * (2 * o + s + i)

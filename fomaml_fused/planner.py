@@ -16,6 +16,7 @@ import torch
 
 from .batch import Sizes
 from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, resident_seconds, state_bytes
+from .engines import fold_step
 from .problem import Problem
 from .text import scaled, table
 
@@ -41,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The form of one layer, with the estimate of each form it could take."""
+    """The form of one layer, with the estimate of each form it could take; of the folds, the cheapest one's."""
 
     form: str
     estimates: tuple[tuple[str, Estimate], ...]
@@ -105,10 +106,11 @@ class Plan:
             return "\n".join([*lines, "", *self._alternatives()])
         rows = [("layer", "form", "flops", "bytes", "time", "instead")]
         for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):
-            estimate = plan.estimate
-            others = [f"{form} {scaled(e.seconds, 's')}" for form, e in plan.estimates if form != plan.form]
+            times = {_words(form, problem.inner.steps): scaled(e.seconds, "s") for form, e in plan.estimates}
+            form = _words(plan.form, problem.inner.steps)
+            others = "; ".join(f"{other} {time}" for other, time in times.items() if other != form)
             name = f"{i}: {layer.in_features} -> {layer.out_features}"
-            rows.append((name, plan.form, *_row(estimate), ", ".join(others) or "- (does not move)"))
+            rows.append((name, form, *_row(plan.estimate), others or "- (does not move)"))
         rows.append(("all", "", *_row(self.estimate), ""))
         return "\n".join([*lines, "", *table(rows), "", *self._alternatives()])
 
@@ -133,7 +135,7 @@ class Override:
     """What the planner is told instead of choosing it.
 
     Attributes:
-        forms: the form of each layer, "primal" or "dual"; layers that do not move stay shared.
+        forms: the form of each layer, "primal", "dual" or "dual:k"; layers that do not move stay shared.
         chunk: tasks at a time.
         memory_bound: bytes of scratch that a chunk may take.
         config: a kernel's warps and tiles.
@@ -145,8 +147,8 @@ class Override:
     config: Config | None = None
 
     def __post_init__(self) -> None:
-        if self.forms is not None and not set(self.forms) <= set(FORMS):
-            raise ValueError(f"forms is {self.forms}; it takes 'primal' or 'dual' for each layer")
+        if self.forms is not None and not all(form in FORMS or fold_step(form) for form in self.forms):
+            raise ValueError(f"forms is {self.forms}; it takes 'primal', 'dual' or 'dual:k', k >= 1, for each layer")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it takes at least one task")
 
@@ -165,7 +167,8 @@ def override(
     """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
 
     Raises:
-        ValueError: an unknown form or a chunk of no task; when planning, not one form a layer.
+        ValueError: an unknown form or a chunk of no task; when planning, not one form a layer, or a layer that is
+            to fold at a step past the last.
     """
     token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound, config))
     try:
@@ -181,7 +184,7 @@ def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: 
         backend: one of `BACKENDS`.  precision: one of `PRECISIONS`, of a kernel's products.
 
     Raises:
-        ValueError: an unknown backend or precision, or not one overriding form a layer.
+        ValueError: an unknown backend or precision, or overriding forms that the problem does not take.
         RuntimeError: backend "triton" where Triton cannot run on the device.
 
     Warns:
@@ -200,8 +203,8 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it takes one of {', '.join(PRECISIONS)}")
     depth = problem.network.depth
-    if told.forms is not None and len(told.forms) != depth:
-        raise ValueError(f"forms is {told.forms}; it takes 'primal' or 'dual' for each of the {depth} layers")
+    if told.forms is not None:
+        _check_forms(told.forms, problem)
     if backend == "reference":
         layers = tuple(LayerPlan("reference", ()) for _ in range(depth))
         naive = float(2 * sizes.tasks * problem.network.parameters * sizes.dtype.itemsize)
@@ -335,20 +338,8 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     times = math.ceil(sizes.tasks / chunk)
     chosen, held, state = [], 0.0, 0.0
     for i, layer in enumerate(layers):
-        first = i == inner.first_adapted
-        if i < inner.first_adapted or not inner.adapt[i]:
-            possible: Sequence[str] = ("shared",)
-        else:
-            possible = FORMS
-        estimates = []
-        for form in possible:
-            working_set = layer_bytes(layer, form, first, shape) + layer.parameters * itemsize
-            estimates.append((form, _estimate(layer_operations(layer, form, first, shape), device, working_set, times)))
-        if told.forms is not None and len(possible) > 1:
-            form = told.forms[i]
-        else:
-            form = min(estimates, key=lambda pair: pair[1].seconds)[0]
-        chosen.append(LayerPlan(form, tuple(estimates)))
+        chosen.append(_plan_layer(problem, i, shape, device, told, times))
+        form, first = chosen[-1].form, i == inner.first_adapted
         held += layer_bytes(layer, form, first, shape)
         state += state_bytes(layer, form, first, shape)
     return Plan(
@@ -365,13 +356,56 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     )
 
 
+def _plan_layer(problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int) -> LayerPlan:
+    """The cheapest form of a layer, or the one that is told, over `times` chunks."""
+    inner, layer = problem.inner, problem.network.layers[i]
+    first = i == inner.first_adapted
+
+    def estimate(form: str) -> Estimate:
+        working_set = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
+        return _estimate(layer_operations(layer, form, first, shape), device, working_set, times)
+
+    if i < inner.first_adapted or not inner.adapt[i]:
+        return LayerPlan("shared", (("shared", estimate("shared")),))
+    if told.forms is not None:
+        estimates = {form: estimate(form) for form in (*FORMS, told.forms[i])}
+        return LayerPlan(told.forms[i], tuple(estimates.items()))
+    folds = {form: estimate(form) for form in _folds(inner.steps)}
+    fold = min(folds, key=lambda form: folds[form].seconds)
+    estimates = {form: estimate(form) for form in FORMS} | {fold: folds[fold]}
+    return LayerPlan(min(estimates, key=lambda form: estimates[form].seconds), tuple(estimates.items()))
+
+
 def _estimate(operations: Iterable[Operation], device: Device, working_set: float, times: int) -> Estimate:
-    operations = list(operations)
-    return Estimate(
-        times * sum(op.seconds(device, working_set) for op in operations),
-        times * sum(op.flops for op in operations),
-        times * sum(op.bytes for op in operations),
-    )
+    whole = Operation(*map(sum, zip(*operations, strict=True)))
+    return Estimate(times * whole.seconds(device, working_set), times * whole.flops, times * whole.bytes)
+
+
+def _check_forms(forms: tuple[str, ...], problem: Problem) -> None:
+    depth, steps = problem.network.depth, problem.inner.steps
+    if len(forms) != depth:
+        raise ValueError(f"forms is {forms}; it takes one of 'primal', 'dual', 'dual:k' for each of the {depth} layers")
+    for form in forms:
+        if (fold_step(form) or 0) > steps:
+            raise ValueError(f"forms has {form!r}; 'dual:k' takes 1 <= k <= {steps}, the number of inner steps")
+
+
+def _folds(steps: int) -> Iterator[str]:
+    """Forms that fold: at every step of a few, else at ever longer distances, and in any case after the last one."""
+    k = 1
+    while k < steps:
+        yield f"dual:{k}"
+        k += max(1, k // 2)
+    if steps:
+        yield f"dual:{steps}"
+
+
+def _words(form: str, steps: int) -> str:
+    """A form as one says it."""
+    step = fold_step(form)
+    if step is None:
+        return form
+    return "dual, primal " + ("for queries" if step == steps else f"from step {step}")
 
 
 def _chunks(tasks: int) -> list[int]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fomaml_fused as ff
+from fomaml_fused.engines import fold_step
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -258,7 +259,13 @@ def cases(draw: st.DrawFn) -> Case:
         reduction=draw(st.sampled_from(["mean", "sum"])),
         seed=draw(st.integers(0, 2**20)),
     )
-    return replace(case, forms=tuple(draw(st.sampled_from(["primal", "dual"])) for _ in range(depth)))
+    possible = ["primal", "dual", *(f"dual:{k}" for k in range(1, steps + 1))]
+    return replace(case, forms=tuple(draw(st.sampled_from(possible)) for _ in range(depth)))
+
+
+def forms_within(forms: Sequence[str], steps: int) -> tuple[str, ...]:
+    """Forms as they are, but dual where a layer would fold past the last step."""
+    return tuple("dual" if (fold_step(form) or 0) > steps else form for form in forms)
 
 
 def by_engine(case: Case, dtype: torch.dtype, forms: Sequence[str] | None = None, chunk: int | None = None) -> Solution:

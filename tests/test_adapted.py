@@ -7,7 +7,7 @@ import torch
 
 import fomaml_fused as ff
 
-from .cases import Case, relative_error
+from .cases import Case, forms_within, relative_error
 
 CASES = {
     "plain": Case(widths=(3, 17, 5, 3), steps=3, tasks=5),
@@ -19,13 +19,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("form", ["primal", "dual", "reference"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:1", "dual:2", "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_weights_outputs_and_single_tasks_are_the_oracles(name: str, form: str) -> None:
     case = CASES[name]
     model, batch = case.model(torch.float64), case.batch(torch.float64)
     meta = ff.FOMAML(model, **case.options(), backend="reference" if form == "reference" else "torch")
-    forms = None if form == "reference" else (form,) * (len(case.widths) - 1)
+    forms = None if form == "reference" else forms_within((form,) * (len(case.widths) - 1), case.steps)
     options = case.options()
     options.pop("outer_loss")
     with ff.override(forms=forms, chunk=2):
@@ -59,7 +59,7 @@ def test_there_is_no_task_past_the_last() -> None:
         fast(batch["query_x"][:2])
 
 
-@pytest.mark.parametrize("form", ["primal", "dual", "reference"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2", "reference"])
 def test_an_adapted_network_is_a_snapshot(form: str) -> None:
     case = CASES["body"]
     model, batch = case.model(torch.float64), case.batch(torch.float64)
@@ -83,7 +83,7 @@ def test_any_number_of_query_samples() -> None:
     torch.testing.assert_close(torch.cat([fast(x[:, :2]), fast(x[:, 2:])], 1), fast(x))
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2"])
 def test_adapted_networks_can_be_pickled_and_outlive_a_change_of_dtype(form: str) -> None:
     case = CASES["plain"]
     batch = case.batch(torch.float32)

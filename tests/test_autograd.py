@@ -169,7 +169,7 @@ def test_the_parameters_of_a_callable_outer_loss_get_their_gradient(reduction: s
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:1"])
 def test_autocast_changes_nothing(form: str, dtype: torch.dtype) -> None:
     meta, batch = setup(replace(CASE, steps=3, momentum=0.5), torch.float32)
     inputs = [*meta.parameters(), batch["query_x"]]

@@ -17,6 +17,7 @@ from .cases import (
     by_engine,
     by_oracle,
     cases,
+    forms_within,
     relative_error,
     yardsticks,
 )
@@ -26,10 +27,15 @@ FORMS = {
     "dual": ("dual",) * 3,
     "mixed": ("dual", "primal", "dual"),
     "mixed again": ("primal", "dual", "primal"),
+    "fold": ("dual:1", "dual:2", "dual:1"),
+    "fold for queries": ("dual:3", "dual:3", "dual:3"),
+    "mixed folds": ("dual:2", "primal", "dual:3"),
 }
 
 
 def check(case: Case, forms: tuple[str, ...] | None) -> None:
+    if forms is not None:
+        forms = forms_within(forms, case.steps)
     exact = by_oracle(case, torch.float64)
     assert_close(by_engine(case, torch.float64, forms), exact, 1e-10)
     assert_no_worse_than_twice(by_engine(case, torch.float32, forms), yardsticks(case, torch.float32), exact)
@@ -78,7 +84,7 @@ def test_every_option(options: dict[str, object], forms: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 17, 40, 63, 65])
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:1", "dual:2"])
 def test_odd_sizes_and_depths(size: int, form: str) -> None:
     for widths in [(size, 3), (3, size, 2), (2, size, size, 3), (1, size, 2, size, 1)]:
         case = Case(widths=widths, tasks=2, shots=size % 19 + 1, queries=size % 7 + 1, activation="gelu")
@@ -96,7 +102,7 @@ def test_the_planners_own_choice(case: Case) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2"])
 def test_the_chunk_changes_nothing_but_rounding(form: str, chunk: int) -> None:
     case = Case(widths=(3, 17, 5, 3), tasks=7, weighted=True, steps=3, momentum=0.9)
     forms = (form,) * 3
@@ -104,7 +110,7 @@ def test_the_chunk_changes_nothing_but_rounding(form: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2"])
 def test_sixteen_bit_parameters_are_computed_in_float32(form: str, dtype: torch.dtype) -> None:
     case = Case(widths=(3, 17, 5, 3), loss="cross_entropy", steps=3)
     # The numbers that 16 bits hold are the problem; the double-precision solution starts from the same ones.
@@ -127,7 +133,7 @@ def test_sixteen_bit_parameters_are_computed_in_float32(form: str, dtype: torch.
         assert relative_error(actual, expected) <= 2 * relative_error(own, expected) + 1e-6
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2"])
 def test_a_diverged_task_spoils_its_own_loss_and_nothing_else(form: str) -> None:
     case = Case(tasks=4, activation="relu", steps=5, lr=1.0)
     model, batch = case.model(torch.float32), case.batch(torch.float32)
@@ -137,7 +143,7 @@ def test_a_diverged_task_spoils_its_own_loss_and_nothing_else(form: str) -> None
     assert losses.isfinite().tolist() == [True, True, False, True]
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2"])
 def test_results_repeat_bit_by_bit(form: str) -> None:
     case = Case(widths=(9, 33, 17, 5), loss="cross_entropy", tasks=9, steps=4)
     first, second = (by_engine(case, torch.float32, (form,) * 3, chunk=4).values for _ in range(2))
@@ -148,7 +154,7 @@ def test_inputs_and_parameters_are_left_as_they_were() -> None:
     case = Case(widths=(3, 17, 3), weighted=True, momentum=0.9, weight_decay=0.1, steps=3)
     model, batch = case.model(torch.float32), case.batch(torch.float32)
     before = [t.clone() for t in [*model.parameters(), *batch.values()]]
-    for form in ("primal", "dual"):
+    for form in ("primal", "dual", "dual:1", "dual:3"):
         with ff.override(forms=(form, form)):
             ff.FOMAML(model, **case.options())(**batch).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, [*model.parameters(), *batch.values()], strict=True))

@@ -38,6 +38,10 @@ def test_coefficients_give_the_weights_that_torch_sgd_gives(
             sgd.param_groups[0]["lr"] = rates[k]
             weight.grad, bias.grad = ds[k].T @ xs[k], ds[k].sum(0)
             sgd.step()
+            if momentum:
+                vs, vc = found.velocity_shared[k + 1], found.velocity_history[k + 1]
+                velocity = vs * w0 + sum(vc[j] * ds[j].T @ xs[j] for j in range(k + 1))
+                torch.testing.assert_close(velocity, sgd.state[weight]["momentum_buffer"], rtol=1e-12, atol=1e-12)
 
 
 def test_plain_sgd_settles() -> None:

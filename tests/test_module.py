@@ -194,7 +194,7 @@ def test_repr_says_what_is_computed() -> None:
     assert "3-17-5 tanh, cross_entropy, K=3" in repr(module())
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:1"])
 def test_the_compiled_step_gives_the_same(form: str) -> None:
     torch.use_deterministic_algorithms(False)  # poisoned memory costs the compiler minutes
     batch = CASE.batch(torch.float64)

@@ -42,6 +42,10 @@ def test_many_samples_on_narrow_layers_are_primal() -> None:
     assert plan(mlp(2, 128, 128, 3), 32, 1024, 1024, steps=3).forms == ("primal",) * 3
 
 
+def test_few_shots_and_many_queries_fold() -> None:
+    assert plan(mlp(64, 256, 256, 5), 16, 2, 300, steps=3).forms[1] == "dual:3"
+
+
 def test_layers_that_do_not_move_are_shared() -> None:
     model = mlp(64, 64, 64, 5)
     assert plan(model, 8, 5, 5, steps=3, adapt="head").forms[:2] == ("shared", "shared")
@@ -76,7 +80,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("form", ["primal", "dual", "dual:2", "dual:4"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_peak_over_many_chunks_is_that_of_one(form: str, momentum: float) -> None:
     model = nn.Sequential(nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 40), nn.Tanh(), nn.Linear(40, 5))
@@ -92,11 +96,23 @@ def test_the_peak_over_many_chunks_is_that_of_one(form: str, momentum: float) ->
         assert memory.peak < 1.3 * estimate
 
 
+def test_a_fold_holds_the_history_of_the_steps_before_it_alone() -> None:
+    meta = ff.FOMAML(nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20)), steps=40)
+    tensors = [torch.randn(8, 6, 20) for _ in range(4)]
+    peaks = {}
+    for form in ("primal", "dual:1", "dual"):
+        with ff.override(forms=("primal", form)), PeakMemory() as memory:
+            meta(*tensors)
+        peaks[form] = memory.peak
+    assert peaks["dual:1"] < 1.2 * peaks["primal"] < 0.2 * peaks["dual"]
+
+
 def test_the_model_of_memory_covers_what_is_allocated() -> None:
     """What a chunk holds, by the model, against the storage that its adapted layers and its query pass really hold."""
     from fomaml_fused.engines import batched
+    from fomaml_fused.engines.forms import FoldingLayer
 
-    for form in ("primal", "dual"):
+    for form in ("primal", "dual", "dual:2", "dual:4"):
         model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
         meta = ff.FOMAML(model, steps=4, lr=0.1)
         with ff.override(forms=(form,) * 3):
@@ -107,7 +123,8 @@ def test_the_model_of_memory_covers_what_is_allocated() -> None:
             adapted = batched.adapt(chosen, list(model.parameters()), Support(x, torch.randn(16, 6, 5)))
             trace = batched.query_pass(adapted, q)
         shared = {t.data_ptr() for pair in pairs for t in pair} | {x.data_ptr()}
-        tensors = [v for layer in adapted.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+        layers = [layer.layer if isinstance(layer, FoldingLayer) else layer for layer in adapted.layers]
+        tensors = [v for layer in layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
         tensors += [*trace.inputs, *trace.saved]
         held = {t.data_ptr(): t.numel() * 4 for t in tensors if t.data_ptr() not in shared}
         assert sum(held.values()) <= chosen.memory
@@ -122,9 +139,9 @@ def test_plans_are_deterministic_and_cached() -> None:
 def test_an_override_ends_with_its_block() -> None:
     meta = ff.FOMAML(mlp(3, 4, 2))
     free = meta.plan(4, 2, device="cpu")
-    with ff.override(forms=["dual", "primal"], chunk=3):
+    with ff.override(forms=["dual:1", "primal"], chunk=3):
         told = meta.plan(4, 2, device="cpu")
-    assert (told.forms, told.chunk) == (("dual", "primal"), 3)
+    assert (told.forms, told.chunk) == (("dual:1", "primal"), 3)
     assert meta.plan(4, 2, device="cpu") == free
 
 
@@ -132,7 +149,9 @@ def test_an_override_ends_with_its_block() -> None:
     ("options", "message"),
     [
         ({"forms": ["dual"]}, r"forms is \('dual',\).*each of the 2 layers"),
-        ({"forms": ["dual", "triple"]}, "'primal' or 'dual'"),
+        ({"forms": ["dual", "triple"]}, "'primal', 'dual' or 'dual:k'"),
+        ({"forms": ["dual", "dual:0"]}, "'dual:0'.*k >= 1"),
+        ({"forms": ["dual", "dual:2"]}, "forms has 'dual:2'; .* 1 <= k <= 1"),
         ({"chunk": 0}, "chunk is 0"),
     ],
 )
@@ -153,6 +172,10 @@ def test_the_explanation_names_what_was_chosen_and_what_was_not() -> None:
         "all primal",
     ):
         assert expected in text
+    with ff.override(forms=["dual:2", "dual:3"]):
+        text = str(plan(mlp(784, 256, 5), 32, 5, 5, steps=3))
+    assert "0: 784 -> 256  dual, primal from step 2" in text
+    assert "1: 256 -> 5    dual, primal for queries" in text
     assert "autograd" in str(plan(mlp(3, 2), 1, 1, 1, backend="reference"))
     assert "does not move" in str(plan(mlp(3, 4, 2), 1, 1, 1, adapt="head"))
 

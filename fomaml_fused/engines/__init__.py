@@ -7,6 +7,7 @@ materialises them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,7 +30,7 @@ class Planned(Protocol):
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The form of each layer: "shared", "primal" or "dual"."""
+        """The form of each layer: "shared", "primal", "dual", or "dual:k", which is primal from step k on."""
 
     @property
     def engine(self) -> str: ...
@@ -41,3 +42,9 @@ class Planned(Protocol):
     @property
     def config(self) -> Config | None:
         """A kernel's warps and tiles; None without a kernel."""
+
+
+def fold_step(form: str) -> int | None:
+    """The step k from which a layer of form "dual:k" is primal, 1 <= k <= K, K being the query pass; else None."""
+    found = re.fullmatch(r"dual:([1-9][0-9]*)", form)
+    return int(found[1]) if found else None

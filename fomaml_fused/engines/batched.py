@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..batch import Query, Support, cast_targets, compute_dtype
 from ..problem import Activation, Problem
-from . import FlatParameters, Gradients, Planned
+from . import FlatParameters, Gradients, Planned, fold_step
 from .activations import activation_ops
-from .forms import DualFirstLayer, DualLayer, PrimalLayer, SharedLayer
+from .forms import DualFirstLayer, DualLayer, FoldingLayer, PrimalLayer, SharedLayer
 from .losses import task_loss
 
 
@@ -178,17 +178,26 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
 def _build(
     problem: Problem, i: int, form: str, parameters: tuple[Tensor, Tensor | None], support: Tensor
 ) -> SharedLayer:
-    weight, bias = parameters
+    """A layer in its form; support: the input of the network's moving part on the support set, [T, S, in]."""
     inner = problem.inner
     rates = inner.layer_rates(i)
-    tasks, shots = support.shape[:2]
-    match form:
-        case "shared":
-            return SharedLayer(weight, bias)
-        case "primal":
-            return PrimalLayer(weight, bias, rates, inner.momentum, inner.weight_decay)
-        case "dual" if i == inner.first_adapted:
-            return DualFirstLayer(weight, bias, rates, inner.momentum, inner.weight_decay, support)
-        case "dual":
-            return DualLayer(weight, bias, rates, inner.momentum, inner.weight_decay, tasks, shots)
+
+    def primal() -> PrimalLayer:
+        return PrimalLayer(*parameters, rates, inner.momentum, inner.weight_decay)
+
+    def dual(steps: int) -> DualFirstLayer | DualLayer:
+        options = (*parameters, rates[:steps], inner.momentum, inner.weight_decay)
+        if i == inner.first_adapted:
+            return DualFirstLayer(*options, support)
+        return DualLayer(*options, *support.shape[:2])
+
+    match form, fold_step(form):
+        case "shared", _:
+            return SharedLayer(*parameters)
+        case "primal", _:
+            return primal()
+        case "dual", _:
+            return dual(inner.steps)
+        case _, int(step):
+            return FoldingLayer(dual(step), primal(), step)
     raise AssertionError(f"no form {form!r}")

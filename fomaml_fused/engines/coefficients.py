@@ -8,17 +8,22 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How a layer's weights after k steps hang together with its initial ones.
+    """How a layer's weights after k steps, and what the last of these steps moved along, hang together with W_0.
 
-        W_k = shared[k] * W_0 - sum_{j < k} history[k][j] * D_j.T @ X_j
+        W_k     = shared[k] * W_0          - sum_{j < k} history[k][j] * D_j.T @ X_j
+        V_{k-1} = velocity_shared[k] * W_0 + sum_{j < k} velocity_history[k][j] * D_j.T @ X_j
 
     Attributes:
         shared: s_k, k = 0..K.
         history: c_{k,j}, k = 0..K, j < k.
+        velocity_shared: vs_{k-1}, k = 0..K; 0 for k = 0.
+        velocity_history: vc_{k-1,j}, k = 0..K, j < k.
     """
 
     shared: tuple[float, ...]
     history: tuple[tuple[float, ...], ...]
+    velocity_shared: tuple[float, ...]
+    velocity_history: tuple[tuple[float, ...], ...]
 
     @property
     def settled(self) -> bool:
@@ -33,12 +38,11 @@ def coefficients(rates: tuple[float, ...], momentum: float, weight_decay: float)
     s, vs = 1.0, 0.0
     c: list[float] = []
     vc: list[float] = []
-    shared, history = [s], [tuple(c)]
+    rows = [(s, tuple(c), vs, tuple(vc))]
     for rate in rates:
         vs = momentum * vs + weight_decay * s
         vc = [momentum * v - weight_decay * past for v, past in zip(vc, c, strict=True)] + [1.0]
         s -= rate * vs
         c = [past + rate * v for past, v in zip([*c, 0.0], vc, strict=True)]
-        shared.append(s)
-        history.append(tuple(c))
-    return Coefficients(tuple(shared), tuple(history))
+        rows.append((s, tuple(c), vs, tuple(vc)))
+    return Coefficients(*zip(*rows, strict=True))

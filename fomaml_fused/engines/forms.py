@@ -1,4 +1,4 @@
-"""The forms of a layer during adaptation, as batched torch ops: shared, primal, dual, and the dual first layer.
+"""The forms of a layer during adaptation, as batched torch ops: shared, primal, dual (a first layer's apart), folding.
 
 A form answers the same questions for a chunk of T tasks; support samples are [T, S, ...], query samples [T, Q, ...]:
 
@@ -65,6 +65,14 @@ class SharedLayer:
         """Scale * d @ W_0, [T, S, in]."""
         return _scaled_mm(d.reshape(-1, d.shape[-1]), self.weight, scale).view(*d.shape[:-1], -1)
 
+    def _sum(self, scale: float, inputs: Tensor, gradients: Tensor, sign: float) -> tuple[Tensor, Tensor | None]:
+        """Scale * W_0 + sign * gradients.T @ inputs, [t, out, in], and the bias alike, [t, out].
+
+        inputs: [t, N, in].  gradients: [t, N, out].
+        """
+        weight = torch.baddbmm(self.weight, gradients.mT, inputs, beta=scale, alpha=sign)
+        return weight, None if self.bias is None else torch.add(scale * self.bias, gradients.sum(1), alpha=sign)
+
 
 class PrimalLayer(SharedLayer):
     """Every task has its own weights in memory, born with the first step: step 0 reads the shared ones."""
@@ -120,6 +128,14 @@ class PrimalLayer(SharedLayer):
                 self.bias_velocity.add_(self.fast_bias, alpha=self.weight_decay)
             self.fast_bias.sub_(self.bias_velocity, alpha=rate)
 
+    def take_over(self, dual: DualLayer | DualFirstLayer, k: int) -> None:
+        """Go on from what a dual layer has come to after k steps."""
+        self.fast_weight, bias = dual.adapted(slice(None))
+        self.fast_bias = None if bias is None else bias.unsqueeze(1)
+        if self.momentum and k < len(self.rates):
+            self.weight_velocity, bias = dual.velocity()
+            self.bias_velocity = None if bias is None else bias.unsqueeze(1)
+
     def finish(self) -> None:
         self.weight_velocity = self.bias_velocity = None
 
@@ -164,7 +180,7 @@ class DualLayer(SharedLayer):
         self.inputs = weight.new_empty(tasks, self.steps * shots, weight.shape[1])  # X_j: [T, K * S, in]
         self.gradients = weight.new_empty(tasks, self.steps * shots, weight.shape[0])  # D_j: [T, K * S, out]
         self.history_weights: Tensor | None = None  # c_{k,j} for every sample of step j: [K + 1, K * S]
-        if not self.coefficients.settled:
+        if momentum or not self.coefficients.settled:  # a velocity needs the gradients as they came
             rows = [row + (0.0,) * (self.steps - len(row)) for row in self.coefficients.history]
             self.history_weights = weight.new_tensor(rows).repeat_interleave(shots, dim=1)
 
@@ -200,10 +216,15 @@ class DualLayer(SharedLayer):
         return self.backward(d, self.steps)
 
     def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
-        s = self.coefficients.shared[-1]
-        gradients = self._weigh(self.gradients[task].mT.contiguous(), self.steps)  # [t, out, K * S]
-        weight = torch.baddbmm(self.weight, gradients, self.inputs[task], beta=s, alpha=-1.0)
-        return weight, None if self.bias is None else s * self.bias - gradients.sum(2)
+        gradients = self.gradients[task]
+        if self.history_weights is not None:
+            gradients = gradients * self.history_weights[-1, :, None]
+        return self._sum(self.coefficients.shared[-1], self.inputs[task], gradients, -1.0)
+
+    def velocity(self) -> tuple[Tensor, Tensor | None]:
+        """What the last step multiplied by its rate: weights [T, out, in] and biases [T, out]."""
+        weights = self.gradients.new_tensor(self.coefficients.velocity_history[-1]).repeat_interleave(self.shots)
+        return self._sum(self.coefficients.velocity_shared[-1], self.inputs, self.gradients * weights[:, None], 1.0)
 
     def _past(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs [T, k * S, in] and gradients [T, k * S, out] of the steps before k."""
@@ -238,7 +259,7 @@ class DualFirstLayer(SharedLayer):
         self.shared_z: Tensor | None = self._shared(support)  # [T, S, out]
         self.gram: Tensor | None = self._gram(support)  # [T, S, S]
         self.history: Tensor | None = None  # H: [T, S, out]
-        self.velocity: Tensor | None = None
+        self.summed_velocity: Tensor | None = None  # sum_j vc_{k,j} D_j: [T, S, out]
 
     def forward(self, x: Tensor, k: int) -> Tensor:
         assert self.shared_z is not None
@@ -255,18 +276,18 @@ class DualFirstLayer(SharedLayer):
         if self.history is None:
             self.history = d * rate
             if self.momentum or self.weight_decay:
-                self.velocity = d.clone()
+                self.summed_velocity = d.clone()
             return
-        if self.velocity is None:
+        if self.summed_velocity is None:
             self.history.add_(d, alpha=rate)
             return
-        self.velocity.mul_(self.momentum).add_(d)
+        self.summed_velocity.mul_(self.momentum).add_(d)
         if self.weight_decay:
-            self.velocity.sub_(self.history, alpha=self.weight_decay)
-        self.history.add_(self.velocity, alpha=rate)
+            self.summed_velocity.sub_(self.history, alpha=self.weight_decay)
+        self.history.add_(self.summed_velocity, alpha=rate)
 
     def finish(self) -> None:
-        self.shared_z = self.gram = self.velocity = None
+        self.shared_z = self.gram = self.summed_velocity = None
 
     def query(self, x: Tensor) -> Tensor:
         z = self._shared(x, self.coefficients.shared[-1])
@@ -280,14 +301,51 @@ class DualFirstLayer(SharedLayer):
 
     def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
         assert self.history is not None
-        s, history = self.coefficients.shared[-1], self.history[task]
-        weight = torch.baddbmm(self.weight, history.mT, self.support[task], beta=s, alpha=-1.0)
-        return weight, None if self.bias is None else s * self.bias - history.sum(1)
+        return self._sum(self.coefficients.shared[-1], self.support[task], self.history[task], -1.0)
+
+    def velocity(self) -> tuple[Tensor, Tensor | None]:
+        assert self.summed_velocity is not None
+        return self._sum(self.coefficients.velocity_shared[-1], self.support, self.summed_velocity, 1.0)
 
     def _gram(self, x: Tensor) -> Tensor:
         """X X_supportᵀ, + 1 for the bias; [T, S or Q, S]."""
         gram = torch.bmm(x, self.support.mT)
         return gram if self.bias is None else gram.add_(1.0)
+
+
+class FoldingLayer(SharedLayer):
+    """Dual up to a step, primal from there on: the history folds into weights of each task and is let go."""
+
+    def __init__(self, dual: DualLayer | DualFirstLayer, primal: PrimalLayer, fold: int) -> None:
+        """dual: of the steps before `fold` alone.  primal: of all steps."""
+        super().__init__(dual.weight, dual.bias)
+        self.layer: DualLayer | DualFirstLayer | PrimalLayer = dual
+        self.primal, self.fold = primal, fold
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        return self.layer.forward(x, k)
+
+    def backward(self, d: Tensor, k: int) -> Tensor:
+        return self.layer.backward(d, k)
+
+    def step(self, x: Tensor, d: Tensor, k: int) -> None:
+        self.layer.step(x, d, k)
+        if k + 1 == self.fold:
+            assert not isinstance(self.layer, PrimalLayer)
+            self.primal.take_over(self.layer, self.fold)
+            self.layer = self.primal
+
+    def finish(self) -> None:
+        self.layer.finish()
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.layer.query(x)
+
+    def query_backward(self, d: Tensor) -> Tensor:
+        return self.layer.query_backward(d)
+
+    def adapted(self, task: slice) -> tuple[Tensor, Tensor | None]:
+        return self.layer.adapted(task)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
