@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fomaml_fused as ff
-from fomaml_fused.engines import fused
+from fomaml_fused.engines import launching
+from fomaml_fused.engines import resident as launcher
 from fomaml_fused.problem import Problem
 from fomaml_fused.text import table
 from fomaml_fused.train.files import save_json
@@ -89,9 +90,9 @@ class Case:
         """The compile-time arguments of the kernel."""
         unasked = dict.fromkeys(KERNELS[self.kernel])
         if self.precision is None:
-            return {**unasked, **fused.REDUCTION}
+            return {**unasked, **launching.REDUCTION}
         config = self.config(target)
-        return {**unasked, "SPEC": fused.spec_of(self.problem, self.shots, self.queries, self.precision, config)}
+        return {**unasked, "SPEC": launcher.spec_of(self.problem, self.shots, self.queries, self.precision, config)}
 
     def source(self, target: GPUTarget) -> ASTSource:
         """What a launch hands to the compiler: the kernel and, of each argument, its type or its value."""
@@ -106,7 +107,7 @@ class Case:
     def options(self, target: GPUTarget) -> dict[str, Any]:
         """The options that the engine launches with."""
         if self.precision is None:
-            return fused.REDUCTION_OPTIONS
+            return launching.REDUCTION_OPTIONS
         options: dict[str, Any] = {"num_warps": self.config(target).warps, "num_stages": 1, "enable_fp_fusion": True}
         return options | ({"maxnreg": REGISTERS} if target.backend == "cuda" else {})
 
@@ -281,7 +282,7 @@ def main() -> None:
     targets = options.targets.split(",")
     if not set(targets) <= set(TARGETS):
         parser.error(f"--targets is {options.targets}; it takes {', '.join(TARGETS)}")
-    if fused.interpreted():
+    if launching.interpreted():
         parser.error("TRITON_INTERPRET is set, so kernels are interpreted; unset it to compile them")
     # A cache of its own, for what an earlier run left in the usual one says nothing of this compiler. Two processes,
     # spawned: a fork would copy torch's threads in whatever state they are.

@@ -212,13 +212,13 @@ def plan_of(workload: Workload, precision: str, device: torch.device) -> Plan:
 def probe(context: Context) -> Row:
     """What is there, and the plan of every workload; with an "obstacle" where there is nothing to measure."""
     try:
-        from fomaml_fused.engines import fused
+        from fomaml_fused.engines import launching
     except ImportError as error:
         return {"obstacle": f"the kernels cannot be imported ({error})"}
     if not context.scale.dry_run and not torch.cuda.is_available():
         return {"obstacle": "torch finds no GPU"}
     device = context.scale.device
-    obstacle = fused.obstacle(device)
+    obstacle = launching.obstacle(device)
     if obstacle is not None:
         return {"obstacle": obstacle}
     plans: dict[str, dict[str, Row]] = {}

@@ -194,9 +194,13 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
 def _engine(plan: Plan) -> ModuleType:
     """The module that does what a plan says."""
     if plan.engine == "resident":
-        from .engines import fused  # imports Triton
+        from .engines import resident  # imports Triton, as does the next
 
-        return fused
+        return resident
+    if plan.engine in ("dual", "layered"):
+        from .engines import dual
+
+        return dual
     return batched
 
 

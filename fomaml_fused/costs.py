@@ -79,22 +79,6 @@ class Shape:
         return Operation(count, 0, count * numbers, count * 2 * numbers * self.itemsize)
 
 
-# A layer's pass over one tile of samples, forward or backward, in a program of its own: a chain of a product, a barrier
-# and an activation. And how many programs run at a time. Assumptions, not measurements.
-RESIDENT_PASS = 0.5e-6
-RESIDENT_PROGRAMS = 264
-
-
-def resident_seconds(tasks: int, passes: int, flops: float, device: Device) -> float:
-    """Seconds of a meta-step of the resident kernel: two launches, and the chain of each program's tasks.
-
-    Args:
-        passes: of a task, layers times tiles of samples, each of them forward and backward.
-    """
-    waves = -(-tasks // RESIDENT_PROGRAMS)
-    return 2 * device.launch + waves * 2 * passes * RESIDENT_PASS + flops / device.flops
-
-
 def layer_operations(layer: Layer, form: str, first: bool, shape: Shape) -> Iterator[Operation]:
     """Every operation of a layer in one meta-step of a chunk.
 

@@ -1,28 +1,43 @@
-"""The kernels' part of the planner: which of them take a problem, how they are laid out, what they would cost.
+"""The kernels' part of the planner: which of them take a problem, how they are laid out, what they cost.
 
-Asks Triton about its driver, so it is imported only where Triton is.
+Asks Triton of the device, so it is imported only where Triton is.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
 from .batch import Sizes
-from .costs import GPU, KERNELS, dual_seconds, layered_seconds, resident_seconds
 from .engines import dual, launching, resident
+from .kernel_costs import CHIP, Work, dual_work, resident_work
 from .kernels.configuration import Config, DualConfig, configuration
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
-from .kernels.spec import Spec
+from .kernels.spec import padded
 from .planner import Estimate, LayerPlan, Override, Plan, tuned_for
 from .problem import Problem
 
-ENGINES = ("resident", "dual", "layered")
+SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
+HISTORY = 256  # samples of a pack's history: one tile too
 
 
-def obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
+def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str) -> dict[str, Plan | str]:
+    """The plan of each engine that launches kernels, or why it does not take the problem."""
+    obstacle = _obstacle(problem, sizes, told)
+    device = launching.device_name(sizes.device)
+    operands = _operands(device, precision)
+    if obstacle is not None or operands is None:
+        why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
+        return dict.fromkeys(("resident", "dual", "layered"), why)
+    return {
+        "resident": _callable(problem) or _resident(problem, sizes, told, device, operands),
+        "dual": _callable(problem) or _dual("dual", problem, sizes, told, device, operands),
+        "layered": _dual("layered", problem, sizes, told, device, operands),
+    }
+
+
+def _obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
     """Why no kernel takes a problem, whatever its size."""
     if told.forms is not None:
         return "the overriding forms are those of batched torch ops"
@@ -31,3 +46,155 @@ def obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
     if max(sizes.shots, sizes.queries) * max(problem.network.widths) >= 2**31:
         return "a task has 2^31 numbers or more, and offsets within a task are 32 bits"
     return None
+
+
+def _callable(problem: Problem) -> str | None:
+    for name, loss in (("loss", problem.loss), ("outer_loss", problem.outer_loss)):
+        if loss.name == "callable":
+            return f"{name} is a callable, which a kernel cannot call"
+    return None
+
+
+def _operands(device: str, precision: str) -> str | None:
+    """The operands of products that a precision stands for on a device; None where its matrix units lack them."""
+    backend, _, architecture = device.partition("-")
+    names = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
+    if backend == "hip":
+        names |= {"highest": "ieee", "high": "tf32" if architecture == "gfx942" else "ieee"}
+        if precision == "tf32x3" or (precision == "tf32" and architecture != "gfx942"):
+            return None
+    return names.get(precision, precision)
+
+
+def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    network = problem.network
+    largest = max(weight_tiles(network.widths), default=0)
+    config = told.config if type(told.config) is Config else None
+    config = config or configuration(device, "resident", largest, tuned_for(problem, sizes, precision))
+    if config is None:
+        return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
+    spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config)
+    need = resident_need(spec, config)
+    obstacle = _unfit(need, sizes)
+    if obstacle is not None:
+        return obstacle
+    return _plan(
+        "resident",
+        ("resident",) * network.depth,
+        problem,
+        sizes,
+        told,
+        precision,
+        config,
+        resident_work(problem, sizes, config, precision),
+        state=4.0 * spec.parameters,
+        held=4.0 * spec.parameters,
+        reason=f"one program a task, {_layout(config, precision)}; about {need.registers} registers a thread, "
+        f"{need.shared:,} bytes of shared memory",
+    )
+
+
+def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    inner, widths = problem.inner, problem.network.widths
+    first, depth = inner.first_adapted, problem.network.depth
+    config = told.config if isinstance(told.config, DualConfig) else dual_config(problem, sizes)
+    if engine == "dual" and first == depth:
+        return "no layer moves"
+    if config.tasks * sizes.shots > SUPPORT:
+        return f"the {config.tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
+    samples = config.tasks * inner.steps * sizes.shots
+    if first < depth - 1 and samples > HISTORY:
+        return f"the {samples} samples of a program's history are more than a tile of {HISTORY}"
+    spec = dual.spec_of(problem, sizes.shots, precision, config)
+    need = dual_need(spec, config)
+    obstacle = _unfit(need, sizes)
+    if obstacle is not None:
+        return obstacle
+    # Numbers of a task: its history; inputs, pre-activations and gradients of a step and of the query pass.
+    history = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
+    history += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
+    passing = (sizes.shots + sizes.queries) * 3 * sum(widths)
+    pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
+    how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
+    forms = tuple("dual" if i >= first and inner.adapt[i] else "shared" for i in range(depth))
+    return _plan(
+        engine,
+        forms,
+        problem,
+        sizes,
+        told,
+        precision,
+        config,
+        dual_work(problem, sizes, config, precision, layered=engine == "layered"),
+        state=4.0 * history,
+        held=4.0 * (history + passing),
+        reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
+    )
+
+
+def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:
+    """How the dual kernels are laid out for a problem, on whatever device."""
+    inner = problem.inner
+    # Packs fill the smallest tile, where there are enough of them for the whole device.
+    tasks = max(1, 16 // max(sizes.shots, 1))
+    if sizes.tasks < 4 * CHIP.multiprocessors * tasks:
+        tasks = 1
+    history = padded(max(2, tasks * inner.steps * sizes.shots))
+    # Blocks of query samples are large, unless that leaves multiprocessors idle or history has no room beside them.
+    samples = 16
+    for larger in (32, 64):
+        blocks = -(-sizes.tasks // tasks) * -(-tasks * sizes.queries // larger)
+        if (
+            larger <= padded(max(2, tasks * sizes.queries))
+            and blocks >= CHIP.multiprocessors
+            and larger * history <= 4096
+        ):
+            samples = larger
+    return DualConfig(warps=4, samples=samples, tasks=tasks)
+
+
+def _unfit(need: Need, sizes: Sizes) -> str | None:
+    shared = launching.shared_memory(sizes.device)
+    if need.registers > REGISTERS:
+        return f"it needs about {need.registers} registers a thread for this problem, and a thread has {REGISTERS}"
+    if need.shared > shared:
+        return f"it needs about {need.shared:,} bytes of shared memory, and a program has {shared:,}"
+    return None
+
+
+def _layout(config: Config, precision: str) -> str:
+    return f"{config.warps} warps, tiles of {config.samples} samples, products in {precision}"
+
+
+def _plan(
+    engine: str,
+    forms: tuple[str, ...],
+    problem: Problem,
+    sizes: Sizes,
+    told: Override,
+    precision: str,
+    config: Config,
+    work: Work,
+    *,
+    state: float,
+    held: float,
+    reason: str,
+) -> Plan:
+    """state, held: bytes of a task that `predict` keeps, and that a meta-step holds at its peak."""
+    depth = problem.network.depth
+    chunk = told.chunk or max(1, min(sizes.tasks, int(told.memory_bound // held)))
+    share = Estimate(work.seconds / depth, work.flops / depth, work.bytes / depth)
+    return Plan(
+        problem=problem,
+        sizes=sizes,
+        engine=engine,
+        layers=tuple(LayerPlan(form, ((form, share),)) for form in forms),
+        chunk=chunk,
+        keeps_state=sizes.tasks * state <= told.memory_bound,
+        memory=chunk * held,
+        naive_memory=8.0 * sizes.tasks * problem.network.parameters,
+        reason=reason,
+        memory_bound=told.memory_bound,
+        precision=precision,
+        config=config,
+    )

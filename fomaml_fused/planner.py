@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .batch import Sizes
-from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, resident_seconds, state_bytes
+from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
 from .engines import fold_step
 from .problem import Problem
 from .text import scaled, table
@@ -23,6 +23,7 @@ from .text import scaled, table
 if TYPE_CHECKING:
     from .kernels.configuration import Config
 
+ENGINES = ("batched", "resident", "dual", "layered")
 BACKENDS = ("auto", "triton", "torch", "reference")
 # How a kernel multiplies: torch's names for float32 products, or the operands themselves.
 PRECISIONS = ("highest", "high", "medium", "ieee", "tf32x3", "tf32", "bf16", "fp16")
@@ -57,7 +58,7 @@ class Plan:
     """A decision of the planner, and what it was made from. `print(plan)` explains it.
 
     Attributes:
-        engine: "resident", "batched" or "reference".
+        engine: one of `ENGINES`, or "reference".
         layers: the form of each layer.
         chunk: tasks that run at a time.
         keeps_state: whether `predict` keeps all tasks' adapted layers for its backward; else it adapts again.
@@ -67,6 +68,7 @@ class Plan:
         memory_bound: bytes that the chunk was chosen to stay under.
         precision: of the operands of a kernel's products, "ieee", "tf32x3", "tf32", "bf16" or "fp16".
         config: a kernel's warps and tiles.
+        others: what other engines would cost, or why they cannot run.
     """
 
     problem: Problem
@@ -81,6 +83,7 @@ class Plan:
     memory_bound: int = MEMORY_BOUND
     precision: str | None = None
     config: Config | None = None
+    others: tuple[tuple[str, Estimate | str], ...] = ()
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ class Plan:
         ]
         if self.engine == "reference":
             return "\n".join(lines)
-        if self.engine == "resident":
+        if self.engine != "batched":
             return "\n".join([*lines, "", *self._alternatives()])
         rows = [("layer", "form", "flops", "bytes", "time", "instead")]
         for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):
@@ -124,8 +127,10 @@ class Plan:
                 plans.append((f"all {form}", other))
         rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
         rows += [(name, str(p.chunk), *_row(p.estimate), scaled(p.memory, "B")) for name, p in plans]
+        rows += [(name, "", *_row(e), "") for name, e in self.others if isinstance(e, Estimate)]
         rows.append(("per task, by the formula", "1", "", "", "", scaled(self.naive_memory, "B")))
-        return [*table(rows), "", "times are the cost model's, for comparison; they are not measurements"]
+        cannot = [f"{name} cannot run: {why}" for name, why in self.others if isinstance(why, str)]
+        return [*table(rows), "", *cannot, "times are the cost model's, for comparison; they are not measurements"]
 
     __str__ = explain
 
@@ -139,18 +144,22 @@ class Override:
         chunk: tasks at a time.
         memory_bound: bytes of scratch that a chunk may take.
         config: a kernel's warps and tiles.
+        engine: one of `ENGINES`.
     """
 
     forms: tuple[str, ...] | None = None
     chunk: int | None = None
     memory_bound: int = MEMORY_BOUND
     config: Config | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         if self.forms is not None and not all(form in FORMS or fold_step(form) for form in self.forms):
             raise ValueError(f"forms is {self.forms}; it takes 'primal', 'dual' or 'dual:k', k >= 1, for each layer")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it takes at least one task")
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}; it takes one of {', '.join(ENGINES)}")
 
 
 _override: ContextVar[Override] = ContextVar("override", default=Override())  # noqa: B039 (it is frozen)
@@ -163,14 +172,15 @@ def override(
     chunk: int | None = None,
     memory_bound: int = MEMORY_BOUND,
     config: Config | None = None,
+    engine: str | None = None,
 ) -> Iterator[None]:
     """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
 
     Raises:
-        ValueError: an unknown form or a chunk of no task; when planning, not one form a layer, or a layer that is
-            to fold at a step past the last.
+        ValueError: an unknown form or engine, or a chunk of no task; when planning, not one form a layer, a layer that
+            is to fold at a step past the last, or an engine that does not take the problem.
     """
-    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound, config))
+    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound, config, engine))
     try:
         yield
     finally:
@@ -191,7 +201,7 @@ def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: 
         UserWarning: backend "triton" where no kernel takes the problem; the plan says why, and what runs instead.
     """
     plan = _make_plan(problem, sizes, backend, precision, _override.get())
-    if backend == "triton" and plan.engine != "resident":
+    if backend == "triton" and plan.engine == "batched" and _override.get().engine is None:
         warnings.warn(f"backend 'triton' runs the batched engine instead: {plan.reason}", stacklevel=2)
     return plan
 
@@ -213,7 +223,7 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
         )
     if backend == "torch":
         return _batched(problem, sizes, told, "batched torch ops, as asked for")
-    if backend == "auto" and sizes.device.type == "cpu":
+    if backend == "auto" and sizes.device.type == "cpu" and told.engine in (None, "batched"):
         return _batched(problem, sizes, told, "batched torch ops, the fastest on a CPU")
     obstacle = _triton_obstacle(sizes.device)
     if obstacle is not None and backend == "triton":
@@ -222,14 +232,30 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
             "Triton supports, set TRITON_INTERPRET=1 in the environment to interpret the kernels (slow, for tests), "
             "or take backend 'torch' or 'auto'"
         )
-    obstacle = obstacle or _kernel_obstacle(problem, sizes, told)
-    resident = obstacle or _resident(problem, sizes, told, precision)
-    if isinstance(resident, str):
-        return _batched(problem, sizes, told, f"batched torch ops, for the resident kernel cannot run: {resident}")
-    batched = _batched(problem, sizes, told, "batched torch ops, by the cost model ahead of the resident kernel")
-    if backend == "auto" and batched.estimate.seconds < resident.estimate.seconds:
-        return batched
-    return resident
+    if obstacle is not None:
+        return _batched(problem, sizes, told, f"batched torch ops, for kernels cannot run: {obstacle}")
+    from .kernel_plans import kernel_plans
+
+    plans: dict[str, Plan | str] = kernel_plans(problem, sizes, told, precision)
+    plans["batched"] = _batched(problem, sizes, told, "batched torch ops, by the cost model the fastest")
+    return _choose(plans, backend, told)
+
+
+def _choose(plans: dict[str, Plan | str], backend: str, told: Override) -> Plan:
+    """The fastest of the engines that take a problem, by the cost model, or the one that is asked for."""
+    usable = {name: plan for name, plan in plans.items() if isinstance(plan, Plan)}
+    others = {name: plan.estimate if isinstance(plan, Plan) else plan for name, plan in plans.items()}
+    if told.engine is not None:
+        if told.engine not in usable:
+            raise ValueError(f"engine is {told.engine!r}, which cannot run: {plans[told.engine]}")
+        chosen = usable[told.engine]
+    elif usable.keys() == {"batched"}:
+        whys = "; ".join(f"{name}: {why}" for name, why in others.items() if isinstance(why, str))
+        chosen = replace(usable["batched"], reason=f"batched torch ops, for no kernel takes the problem: {whys}")
+    else:
+        asked = usable.keys() - {"batched"} if backend == "triton" else usable.keys()
+        chosen = min((usable[name] for name in asked), key=lambda plan: plan.estimate.seconds)
+    return replace(chosen, others=tuple((name, why) for name, why in others.items() if name != chosen.engine))
 
 
 def forget_plans() -> None:
@@ -246,77 +272,9 @@ def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of a device; None where it can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    from .engines import fused
+    from .engines import launching
 
-    return fused.obstacle(device)
-
-
-def _kernel_obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
-    """Why no kernel takes a problem, whatever its size."""
-    if told.forms is not None:
-        return "the overriding forms are those of batched torch ops"
-    if sizes.dtype == torch.float64:
-        return "kernels compute in float32, the model is float64"
-    if max(sizes.shots, sizes.queries) * max(problem.network.widths) >= 2**31:
-        return "a task has 2^31 numbers or more, and offsets within a task are 32 bits"
-    for name, loss in (("loss", problem.loss), ("outer_loss", problem.outer_loss)):
-        if loss.name == "callable":
-            return f"{name} is a callable, which a kernel cannot call"
-    return None
-
-
-def _resident(problem: Problem, sizes: Sizes, told: Override, precision: str) -> Plan | str:
-    """The plan of the resident kernel, or why the problem does not fit it."""
-    from .engines import fused
-    from .kernels.configuration import configuration
-    from .kernels.resources import REGISTERS, resident_need, weight_tiles
-
-    device = fused.device_name(sizes.device)
-    backend, _, architecture = device.partition("-")
-    operands = {"highest": "tf32x3", "high": "tf32", "medium": "bf16"}
-    if backend == "hip":
-        operands |= {"highest": "ieee", "high": "tf32" if architecture == "gfx942" else "ieee"}
-        if precision == "tf32x3" or (precision == "tf32" and architecture != "gfx942"):
-            return f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
-    precision = operands.get(precision, precision)
-    layers, network = problem.network.layers, problem.network
-    largest = max(weight_tiles(network.widths), default=0)
-    config = told.config or configuration(device, "resident", largest, tuned_for(problem, sizes, precision))
-    if config is None:
-        return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
-    spec = fused.spec_of(problem, sizes.shots, sizes.queries, precision, config)
-    need, shared = resident_need(spec, config), fused.shared_memory(sizes.device)
-    if need.registers > REGISTERS:
-        return f"it needs about {need.registers} registers a thread for this network, and a thread has {REGISTERS}"
-    if need.shared > shared:
-        return f"it needs about {need.shared:,} bytes of shared memory, and a program has {shared:,}"
-    itemsize = torch.float32.itemsize
-    chunk = max(1, min(sizes.tasks, told.memory_bound // (itemsize * spec.parameters)))
-    if told.chunk is not None:
-        chunk = told.chunk
-    rows = sizes.tasks * (problem.inner.steps * sizes.shots + sizes.queries)
-    flops = 6.0 * rows * network.parameters
-    traffic = itemsize * (sizes.tasks * (sizes.shots + sizes.queries) * (network.in_features + network.out_features))
-    tiles = problem.inner.steps * -(-sizes.shots // config.samples) + -(-sizes.queries // config.samples)
-    seconds = resident_seconds(sizes.tasks, tiles * network.depth, flops, GPU)
-    whole = Estimate(seconds, flops, float(traffic + 2 * itemsize * network.parameters))
-    share = Estimate(*(getattr(whole, name) / network.depth for name in ("seconds", "flops", "bytes")))
-    state = float(chunk * spec.parameters * itemsize)
-    return Plan(
-        problem=problem,
-        sizes=sizes,
-        engine="resident",
-        layers=tuple(LayerPlan("resident", (("resident", share),)) for _ in layers),
-        chunk=chunk,
-        keeps_state=chunk >= sizes.tasks,
-        memory=state,
-        naive_memory=float(2 * sizes.tasks * network.parameters * itemsize),
-        reason=f"one program a task, {config.warps} warps, tiles of {config.samples} samples, products in {precision}; "
-        f"about {need.registers} registers a thread, {need.shared:,} bytes of shared memory",
-        memory_bound=told.memory_bound,
-        precision=precision,
-        config=config,
-    )
+    return launching.obstacle(device)
 
 
 def _batched(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Plan:

@@ -77,11 +77,11 @@ def _seconds(meta: FOMAML, batch: tuple[Tensor, ...]) -> float:
 
 
 def _remember(plan: Plan, config: Config) -> None:
-    from .engines import fused
+    from .engines import launching
     from .kernels.configuration import remember
 
     key = tuned_for(plan.problem, plan.sizes, plan.precision)
-    remember(fused.device_name(plan.sizes.device), plan.engine, key, config)
+    remember(launching.device_name(plan.sizes.device), plan.engine, key, config)
 
 
 def _random_tasks(meta: FOMAML, tasks: int, shots: int, queries: int) -> tuple[Tensor, ...]:

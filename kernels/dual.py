@@ -184,16 +184,16 @@ def _forward(
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)
     F: tl.constexpr = features(SPEC, OUT)
-    rows = here if L <= first_adapted(SPEC) else now
+    rows = here if first_adapted(SPEC) >= L else now
     if SPEC.adapts[L]:
         past, b_c = history(p_past, first, later, k, K, L, SPEC)
-        if b_first is not None and L == first_adapted(SPEC):
+        if b_first is not None and first_adapted(SPEC) == L:
             b_c = b_first
         else:
             b_c = _forward_weights(p_inputs[L], past, b_c, p_now[L], rows, L, SPEC)
     for o in tl.range(start * F, OUT, step * F):
         o_f = o + tl.arange(0, F)
-        if p_base is not None and L == first_adapted(SPEC):
+        if p_base is not None and first_adapted(SPEC) == L:
             b_z = load(p_base, rows, o_f, OUT)
         else:
             b_z = _linear(p_weight, p_bias, p_now[L], rows, o_f, IN, OUT, SPEC)
@@ -206,7 +206,7 @@ def _forward(
         if p_now[L + 1] is not None:
             b_h = activate(b_z, activation(SPEC, L))
             # Outputs of the last layer are nobody's history.
-            store(p_now[L + 1], here if L + 1 == depth(SPEC) else now, o_f, b_h, OUT)
+            store(p_now[L + 1], here if depth(SPEC) == L + 1 else now, o_f, b_h, OUT)
 
 
 @triton.jit
@@ -304,9 +304,9 @@ def _backward(
 def _keep(p_gradients, b_d, p_inner, p_velocity, here, now, o_f, k, L: tl.constexpr, SPEC: tl.constexpr):
     """Store features o_f of layer L's D; of the first layer that moves in an inner step, move H by it."""
     OUT: tl.constexpr = width(SPEC, L + 1)
-    if p_inner is not None and L == first_adapted(SPEC):
+    if p_inner is not None and first_adapted(SPEC) == L:
         rate = tl.load(p_inner + 2 + k * depth(SPEC) + L)
-        before = here[0], here[1], here[2] & (k > 0)
+        before = here[0], here[1], here[2] & (here[1] * 0 < k)
         b_h = load(p_gradients[L], before, o_f, OUT)
         if SPEC.momentum:
             b_d += tl.load(p_inner) * load(p_velocity, before, o_f, OUT)

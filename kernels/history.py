@@ -22,14 +22,14 @@ def largest(SPEC):
 def places(i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
     """Where block i_b of the samples of pack i_p lies, [T, N, ...], and their tasks' history.
 
-    Returns the rows of the samples; their rows in step 0 of [T, K, S, ...]; the rows of the pack in [T, S, ...], and
-    which are of a sample's task [support, B]; the same in [T, K, S, ...], and the step of each row.
+    Returns the rows of the samples; their rows in step 0 of [T, K, S, ...]; and of two histories, of the pack in [T, S,
+    ...] and in [T, K, S, ...], the rows, which are of a sample's task [history, B], and the step that writes each.
     """
     here, i_task = _rows(i_p, i_b * samples(SPEC), T, N, samples(SPEC), SPEC)
     support, i_support = _rows(i_p, 0, T, S, SPEC.support, SPEC)
     past, i_past = _rows(i_p, 0, T, K * S, SPEC.history, SPEC)
     begin = past[0], i_task * (K * S) + here[1] % N, here[2]
-    first = support, _of_one_task(support[2], i_support, here[2], i_task, SPEC)
+    first = support, _of_one_task(support[2], i_support, here[2], i_task, SPEC), i_support * 0
     later = past, _of_one_task(past[2], i_past, here[2], i_task, SPEC), past[1] % (K * S) // S
     return here, begin, first, later
 
@@ -63,15 +63,14 @@ def history(p_past, first, later, k, K, L: tl.constexpr, SPEC: tl.constexpr):
 
     p_past: c [K + 1, layers, K].  first, later: as `places` gives them.
     """
-    if L == first_adapted(SPEC):
-        rows, m_pairs = first
-        rows = rows[0], rows[1], rows[2] & (k > 0)
-        b_c = tl.where(m_pairs, -1.0, 0.0)
+    if first_adapted(SPEC) == L:
+        rows, m_pairs, i_step = first
+        b_step = i_step * 0.0 + 1.0
     else:
         rows, m_pairs, i_step = later
-        rows = rows[0], rows[1], rows[2] & (i_step < k)
-        b_step = tl.load(p_past + (k * depth(SPEC) + L) * K + i_step, mask=rows[2], other=0.0)
-        b_c = tl.where(m_pairs, -b_step[:, None], 0.0)
+        b_step = tl.load(p_past + (k * depth(SPEC) + L) * K + i_step, mask=rows[2] & (i_step < k), other=0.0)
+    b_c = tl.where(m_pairs, -b_step[:, None], 0.0)
+    rows = rows[0], rows[1], rows[2] & (i_step < k)
     return rows, b_c
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .products import dot
-from .spec import bias_offset, contracted, depth, features, outer_tiles, weight_offset, width
+from .spec import bias_offset, depth, features, outer_tiles, weight_offset, width
 
 
 @triton.jit(do_not_specialize=["N", "LENGTH"])
@@ -29,11 +29,11 @@ def outer_kernel(p_inputs, p_gradients, p_partials, unit, N, LENGTH, SPEC: tl.co
 def _outer_tile(p_x, p_d, p_partial, unit, i_o, begin, end, L: tl.constexpr, SPEC: tl.constexpr):
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)
-    I: tl.constexpr = features(SPEC, IN)
+    WIDE: tl.constexpr = features(SPEC, IN)
     F: tl.constexpr = features(SPEC, OUT)
-    o_in = i_o % tl.cdiv(IN, I) * I + tl.arange(0, I)
-    o_out = i_o // tl.cdiv(IN, I) * F + tl.arange(0, F)
-    b_w = tl.zeros([F, I], tl.float32)
+    o_in = i_o % tl.cdiv(IN, WIDE) * WIDE + tl.arange(0, WIDE)
+    o_out = i_o // tl.cdiv(IN, WIDE) * F + tl.arange(0, F)
+    b_w = tl.zeros([F, WIDE], tl.float32)
     b_b = tl.zeros([F], tl.float32)
     for o in tl.range(begin, end, SPEC.contracted):
         o_r = o + tl.arange(0, SPEC.contracted)
@@ -46,7 +46,8 @@ def _outer_tile(p_x, p_d, p_partial, unit, i_o, begin, end, L: tl.constexpr, SPE
     m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
     tl.store(p_partial + weight_offset(SPEC, L) + o_out[:, None] * IN + o_in[None, :], b_w * unit, mask=m)
     if SPEC.biases[L]:
-        tl.store(p_partial + bias_offset(SPEC, L) + o_out, b_b, mask=(o_out < OUT) & (i_o % tl.cdiv(IN, I) == 0))
+        if i_o % tl.cdiv(IN, WIDE) == 0:
+            tl.store(p_partial + bias_offset(SPEC, L) + o_out, b_b, mask=o_out < OUT)
 
 
 @triton.jit(do_not_specialize=["N", "P", "T"])

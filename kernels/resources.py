@@ -1,4 +1,4 @@
-"""What the resident kernel needs of a device, known before it is compiled: registers and shared memory.
+"""What the kernels need of a device, known before they are compiled: registers and shared memory.
 
 An estimate from padded sizes, fitted to what ptxas (CUDA 12.9, sm_80 and sm_90) made of some hundred networks. It errs
 by some tens of registers: what is said to fit may spill as many, what is said not to would spill in its inner loop.
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .configuration import Config
-from .spec import Spec, padded, walked
+from .configuration import Config, DualConfig
+from .spec import DualSpec, Spec, contracted, features, padded, walked
 
 REGISTERS = 255  # a thread, on NVIDIA and AMD alike as far as the kernel goes
 
@@ -45,3 +45,19 @@ def resident_need(spec: Spec, config: Config) -> Need:
     registers = 64 + (int(copies * sum(tiles)) + 2 * activations) // threads + per_layer * len(tiles)
     staged = max(tiles, default=0) * (2 if spec.precision == "tf32x3" else 1)
     return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)
+
+
+def dual_need(spec: DualSpec, config: DualConfig) -> Need:
+    """What the dual kernels need for a network and their tiles; the larger of inner loop and query pass."""
+    threads = 32 * config.warps
+    samples = max(spec.support, config.samples)
+    block = max(features(spec, width) for width in spec.widths)
+    depth = max(contracted(spec, width) for width in spec.widths)
+    copies = 3.0 if spec.precision in ("tf32x3", "ieee") else 2.0
+    outputs = padded(spec.widths[-1])
+    # A tile of features and its correction: weights of history, what they multiply, and the sum.
+    tile = spec.history * samples + copies * spec.history * max(block, samples) + block * samples
+    registers = 64 + int(max(tile, 4 * outputs * samples)) // threads
+    # What is fetched ahead, and history on its way into operands.
+    staged = config.stages * depth * (max(block, spec.history) + samples)
+    return Need(registers, 4 * (staged + spec.history * (block + samples)))

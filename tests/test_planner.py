@@ -208,9 +208,9 @@ def test_what_no_kernel_takes_runs_elsewhere_and_says_why(
 
 
 def test_shared_memory_that_a_device_lacks_is_known_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fomaml_fused.engines import fused
+    from fomaml_fused.engines import launching
 
-    monkeypatch.setattr(fused, "shared_memory", lambda device: 10_000)
+    monkeypatch.setattr(launching, "shared_memory", lambda device: 10_000)
     with pytest.warns(UserWarning, match=r"about [\d,]+ bytes of shared memory, and a program has 10,000"):
         assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "batched"
 
@@ -254,7 +254,7 @@ def test_what_is_said_of_shared_memory_covers_what_was_compiled() -> None:
     from fomaml_fused.kernels.resources import REGISTERS, resident_need
 
     from bench.compiled import TARGETS, jobs
-    from fomaml_fused.engines.fused import spec_of
+    from fomaml_fused.engines.resident import spec_of
 
     stored = json.loads((Path(__file__).parent.parent / "bench" / "results" / "compiled.json").read_text())["rows"]
     checked = 0

@@ -137,7 +137,7 @@ def test_sixteen_bit_parameters_are_computed_in_float32(dtype: torch.dtype) -> N
 
 def test_the_query_outputs_come_with_the_meta_step() -> None:
     from fomaml_fused.batch import Query, Support
-    from fomaml_fused.engines import fused
+    from fomaml_fused.engines import resident
 
     case = Case(widths=(3, 17, 5), queries=20, tasks=5)
     model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
@@ -145,7 +145,7 @@ def test_the_query_outputs_come_with_the_meta_step() -> None:
     outputs = torch.empty(case.tasks, case.queries, 5, device=kernel_device())
     support, query = Support(batch["support_x"], batch["support_y"]), Query(batch["query_x"], batch["query_y"])
     plan = meta.plan(case.tasks, case.shots, case.queries)
-    _, dx, gradients = fused.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0, outputs)
+    _, dx, gradients = resident.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0, outputs)
     assert dx is None
     assert gradients == [None] * 4
     own = ff.FOMAML(case.model(torch.float64), **case.options()).predict(
@@ -197,7 +197,7 @@ def test_a_diverged_task_spoils_its_own_loss_and_nothing_else() -> None:
 def test_a_class_that_does_not_exist_makes_its_tasks_loss_nan() -> None:
     """Where reading the classes to raise an error would wait for the device."""
     from fomaml_fused.batch import Query, Support
-    from fomaml_fused.engines import fused
+    from fomaml_fused.engines import resident
 
     case = Case(loss="cross_entropy", tasks=2)
     model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
@@ -205,7 +205,7 @@ def test_a_class_that_does_not_exist_makes_its_tasks_loss_nan() -> None:
     for bad in (-100, case.widths[-1]):
         batch["query_y"][1, 0] = bad
         support, query = Support(batch["support_x"], batch["support_y"]), Query(batch["query_x"], batch["query_y"])
-        value, _, _ = fused.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0)
+        value, _, _ = resident.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0)
         assert value.isnan()
 
 

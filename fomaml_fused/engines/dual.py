@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -375,9 +374,7 @@ def _outer(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> Tensor
     return partials
 
 
-def _counts(
-    weight: Tensor | None, share: float | Tensor, tasks: int, queries: int
-) -> tuple[Tensor | None, float]:
+def _counts(weight: Tensor | None, share: float | Tensor, tasks: int, queries: int) -> tuple[Tensor | None, float]:
     """What each sample counts in the meta-loss, [T, Q] or None where all are alike, and the unit it is counted in.
 
     In that unit gradients are of the size of a sample's own, which 16 bits hold.
@@ -396,11 +393,11 @@ def _counts(
 def _numbers(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Momentum, weight decay and rates, as `inner_numbers`; s [K + 1, layers]; c [K + 1, layers, K]."""
     inner = problem.inner
-    found = [coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay) for i in range(problem.network.depth)]
-    shared = [[numbers.shared[k] for numbers in found] for k in range(inner.steps + 1)]
-    past = [
-        [[*numbers.history[k], *[0.0] * (inner.steps - k)] for numbers in found] for k in range(inner.steps + 1)
+    found = [
+        coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay) for i in range(problem.network.depth)
     ]
+    shared = [[numbers.shared[k] for numbers in found] for k in range(inner.steps + 1)]
+    past = [[[*numbers.history[k], *[0.0] * (inner.steps - k)] for numbers in found] for k in range(inner.steps + 1)]
     shrink, history = (torch.tensor(rows, dtype=torch.float32, device=device) for rows in (shared, past))
     return inner_numbers(problem, device), shrink, history
 
