@@ -98,8 +98,6 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     inner, widths = problem.inner, problem.network.widths
     first, depth = inner.first_adapted, problem.network.depth
     config = told.config if isinstance(told.config, DualConfig) else dual_config(problem, sizes)
-    if engine == "dual" and first == depth:
-        return "no layer moves"
     if config.tasks * sizes.shots > SUPPORT:
         return f"the {config.tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
     samples = config.tasks * inner.steps * sizes.shots
@@ -134,23 +132,21 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
 
 def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:
     """How the dual kernels are laid out for a problem, on whatever device."""
-    inner = problem.inner
-    # Packs fill the smallest tile, where there are enough of them for the whole device.
-    tasks = max(1, 16 // max(sizes.shots, 1))
+    steps, shots = max(problem.inner.steps, 1), max(sizes.shots, 1)
+    # Packs fill the smallest tile of samples and twice that of history, where there are enough tasks for all programs.
+    tasks = max(1, min(16 // shots, 32 // (steps * shots)))
     if sizes.tasks < 4 * CHIP.multiprocessors * tasks:
         tasks = 1
-    history = padded(max(2, tasks * inner.steps * sizes.shots))
+    history = padded(max(2, tasks * steps * shots))
     # Blocks of query samples are large, unless that leaves multiprocessors idle or history has no room beside them.
     samples = 16
     for larger in (32, 64):
         blocks = -(-sizes.tasks // tasks) * -(-tasks * sizes.queries // larger)
-        if (
-            larger <= padded(max(2, tasks * sizes.queries))
-            and blocks >= CHIP.multiprocessors
-            and larger * history <= 4096
-        ):
+        fills = larger <= padded(max(2, tasks * sizes.queries)) and blocks >= CHIP.multiprocessors
+        if fills and larger * history <= 2048:
             samples = larger
-    return DualConfig(warps=4, samples=samples, tasks=tasks)
+    # Long histories leave less room for a layer's features.
+    return DualConfig(4 if history <= 64 else 8, samples, tasks, features=64 if history <= 64 else 32)
 
 
 def _unfit(need: Need, sizes: Sizes) -> str | None:

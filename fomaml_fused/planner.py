@@ -170,17 +170,27 @@ def override(
     *,
     forms: Sequence[str] | None = None,
     chunk: int | None = None,
-    memory_bound: int = MEMORY_BOUND,
+    memory_bound: int | None = None,
     config: Config | None = None,
     engine: str | None = None,
 ) -> Iterator[None]:
     """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
 
+    What is not given stays as it is outside of the block.
+
     Raises:
         ValueError: an unknown form or engine, or a chunk of no task; when planning, not one form a layer, a layer that
             is to fold at a step past the last, or an engine that does not take the problem.
     """
-    token = _override.set(Override(None if forms is None else tuple(forms), chunk, memory_bound, config, engine))
+    told = {
+        "forms": None if forms is None else tuple(forms),
+        "chunk": chunk,
+        "memory_bound": memory_bound,
+        "config": config,
+        "engine": engine,
+    }
+    given = {name: choice for name, choice in told.items() if choice is not None}
+    token = _override.set(replace(_override.get(), **given))
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class DualConfig(Config):
     tasks: int = 1
     features: int = 64
     contracted: int = 32
-    stages: int = 3
+    stages: int = 2
 
 
 def configuration(device: str, kernel: str, largest_weight: int, problem: Hashable = None) -> Config | None:

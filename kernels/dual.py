@@ -49,13 +49,17 @@ def inner_kernel(
     Scratch: the last of p_inputs, outputs [T, S, out]; p_velocity, of H, or None; p_kept, pre-activations [T, S, out]
     of layers whose activation's derivative is taken from them.
     """
-    here, begin, first, later = places(tl.program_id(0), 0, T, S, S, K, SPEC)
+    i_p = tl.program_id(0)
     LOWEST: tl.constexpr = first_adapted(SPEC)
+    here, _begin, first, later = places(i_p, 0, T, S, S, K, SPEC)
     past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
     b_first = _forward_weights(p_inputs[LOWEST], past, b_c, p_inputs[LOWEST], here, LOWEST, SPEC)
-    # Nothing of a step may be fetched before the one before it is stored; and moved out of this loop, the addresses of
-    # all layers would occupy registers all through it.
-    for k in tl.range(0, K, num_stages=1, disable_licm=True):
+    # Steps are counted over all packs, so that where a pack lies is found anew in each: known to be the same in all of
+    # them, the addresses of every layer would be kept in registers, of which there are not enough. And nothing of a
+    # step may be fetched before the one before it is stored.
+    for j in tl.range(i_p * K, i_p * K + K, num_stages=1, disable_licm=True):
+        k = j % K
+        here, begin, first, later = places(j // K, 0, T, S, S, K, SPEC)
         now = step_rows(begin, k, S)
         for i in tl.static_range(first_adapted(SPEC), depth(SPEC)):
             _forward(
@@ -191,7 +195,7 @@ def _forward(
             b_c = b_first
         else:
             b_c = _forward_weights(p_inputs[L], past, b_c, p_now[L], rows, L, SPEC)
-    for o in tl.range(start * F, OUT, step * F):
+    for o in tl.range(start * F, OUT, step * F, disable_licm=True):
         o_f = o + tl.arange(0, F)
         if p_base is not None and first_adapted(SPEC) == L:
             b_z = load(p_base, rows, o_f, OUT)
@@ -277,7 +281,7 @@ def _backward(
     if SPEC.adapts[L]:
         past, b_c = history(p_past, first, later, k, K, L, SPEC)
         b_c = weigh(p_gradients[L], past, b_c, p_now_gradients[L], now, 0.0, OUT, BLOCK, SPEC)
-    for o in tl.range(start * F, IN, step * F):
+    for o in tl.range(start * F, IN, step * F, disable_licm=True):
         o_f = o + tl.arange(0, F)
         b_d = tl.zeros([F, samples(SPEC)], tl.float32)
         for o in tl.range(0, OUT, BLOCK):

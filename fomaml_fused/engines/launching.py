@@ -72,7 +72,7 @@ def properties(device: torch.device) -> dict[str, int]:
     """What Triton's driver tells of a device."""
     driver = triton.runtime.driver.active
     index = driver.get_current_device() if device.index is None else device.index
-    properties: dict[str, int] = driver.utils.get_deviceproperties(index)
+    properties: dict[str, int] = driver.utils.get_device_properties(index)
     return properties
 
 
