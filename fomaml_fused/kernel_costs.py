@@ -76,7 +76,7 @@ def resident_work(problem: Problem, sizes: Sizes, config: Config, precision: str
 def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str, *, layered: bool) -> Work:
     """A meta-step in the dual form: in two launches and those around them, or layer by layer."""
     inner, widths = problem.inner, problem.network.widths
-    first, depth = inner.first_adapted, problem.network.depth
+    first = inner.first_adapted
     packs = -(-sizes.tasks // config.tasks)
     support = padded(max(2, config.tasks * sizes.shots))
     history = padded(max(2, config.tasks * inner.steps * sizes.shots))

@@ -19,7 +19,8 @@ from .planner import Estimate, LayerPlan, Override, Plan, tuned_for
 from .problem import Problem
 
 SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
-HISTORY = 256  # samples of a pack's history: one tile too
+# Samples of a pack's history, one tile too; all layers in one kernel leave less room for it.
+HISTORY = {"dual": 64, "layered": 128}
 
 
 def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str) -> dict[str, Plan | str]:
@@ -101,8 +102,8 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     if config.tasks * sizes.shots > SUPPORT:
         return f"the {config.tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
     samples = config.tasks * inner.steps * sizes.shots
-    if first < depth - 1 and samples > HISTORY:
-        return f"the {samples} samples of a program's history are more than a tile of {HISTORY}"
+    if first < depth - 1 and samples > HISTORY[engine]:
+        return f"the {samples} samples of a program's history are more than a tile of {HISTORY[engine]}"
     spec = dual.spec_of(problem, sizes.shots, precision, config)
     need = dual_need(spec, config)
     obstacle = _unfit(need, sizes)
@@ -145,8 +146,7 @@ def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:
         fills = larger <= padded(max(2, tasks * sizes.queries)) and blocks >= CHIP.multiprocessors
         if fills and larger * history <= 2048:
             samples = larger
-    # Long histories leave less room for a layer's features.
-    return DualConfig(4 if history <= 64 else 8, samples, tasks, features=64 if history <= 64 else 32)
+    return DualConfig(4 if history <= 32 else 8, samples, tasks)
 
 
 def _unfit(need: Need, sizes: Sizes) -> str | None:

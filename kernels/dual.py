@@ -93,8 +93,8 @@ def query_kernel(
 
     p_now: of each layer from the first that moves, its input [T, N, in], of which the first is given; last, the outputs
     [T, N, out].  p_now_gradients: of each layer's pre-activations [T, N, out]; None where none is wanted.  p_kept:
-    pre-activations, as above.  p_loss: of each sample, times what it counts, [T, N].  BELOW: whether gradients go on below
-    the first layer that moves: to the layer there, or if there is none to p_dx, times `unit`.
+    pre-activations, as above.  p_loss: of each sample, times what it counts, [T, N].  BELOW: whether gradients go on
+    below the first layer that moves: to the layer there, or if there is none to p_dx, times `unit`.
     """
     i_p, i_b = _block(N, SPEC)
     here, _begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
@@ -182,8 +182,8 @@ def _forward(
 ):  # fmt: skip
     """Layer L of samples with the weights after k steps: tiles `start`, `start + step`, ... of its output.
 
-    here, now: the samples' rows in [T, N, ...] and in p_now.  b_first: what `_forward_weights` gives for the first layer
-    that moves, or None.
+    here, now: the samples' rows in [T, N, ...] and in p_now.  b_first: what `_forward_weights` gives for the first
+    layer that moves, or None.
     """
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)

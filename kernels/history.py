@@ -1,8 +1,8 @@
 """What the dual form is made of: where samples and their history lie, products with history, corrections by it.
 
-Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps. `rows` are those of
-a tile: where those of its pack of tasks begin, which they are from there, and which of them exist. On chip, samples are
-columns. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
+Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps. `rows` are those
+of a tile: where those of its pack of tasks begin, which they are from there, and which of them exist. On chip, samples
+are columns. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
 """
 
 import triton

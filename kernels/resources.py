@@ -49,15 +49,11 @@ def resident_need(spec: Spec, config: Config) -> Need:
 
 def dual_need(spec: DualSpec, config: DualConfig) -> Need:
     """What the dual kernels need for a network and their tiles; the larger of inner loop and query pass."""
-    threads = 32 * config.warps
     samples = max(spec.support, config.samples)
     block = max(features(spec, width) for width in spec.widths)
     depth = max(contracted(spec, width) for width in spec.widths)
-    copies = 3.0 if spec.precision in ("tf32x3", "ieee") else 2.0
-    outputs = padded(spec.widths[-1])
-    # A tile of features and its correction: weights of history, what they multiply, and the sum.
-    tile = spec.history * samples + copies * spec.history * max(block, samples) + block * samples
-    registers = 64 + int(max(tile, 4 * outputs * samples)) // threads
-    # What is fetched ahead, and history on its way into operands.
-    staged = config.stages * depth * (max(block, spec.history) + samples)
-    return Need(registers, 4 * (staged + spec.history * (block + samples)))
+    # The loss takes all outputs of a tile of samples at once.
+    registers = 64 + 4 * padded(spec.widths[-1]) * samples // (32 * config.warps)
+    # What is fetched ahead, and history on its way into operands; a quarter more for conversions of the rest.
+    numbers = config.stages * depth * (max(block, spec.history) + samples) + spec.history * (block + samples)
+    return Need(registers, 5 * numbers)

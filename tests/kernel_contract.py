@@ -103,8 +103,8 @@ class KernelContract:
             {"adapt": "body", "momentum": 0.9},
             {"tasks": 1, "shots": 1, "queries": 1},
             {"tasks": 9},
-            {"shots": 40, "queries": 33},
-            {"shots": 33, "queries": 3, "momentum": 0.9, "tasks": 6},
+            {"shots": 20, "queries": 33},
+            {"shots": 17, "queries": 3, "momentum": 0.9, "tasks": 6},
         ],
         ids=str,
     )

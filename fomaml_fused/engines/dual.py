@@ -383,7 +383,7 @@ def _counts(weight: Tensor | None, share: float | Tensor, tasks: int, queries: i
     counts = None if weight is None else _share(weight) * per_task
     if not isinstance(share, Tensor):
         return counts, share / per_task
-    # Shares of the mean over tasks are near 1 / T, shares of their sum near 1, and which they are only the device knows.
+    # Shares of a mean over tasks are near 1 / T, of a sum near 1, and which they are only the device knows.
     middle = math.sqrt(tasks)
     shares = share.float()[:, None] * middle
     return (shares.expand(tasks, queries).contiguous() if counts is None else counts * shares), 1 / (per_task * middle)

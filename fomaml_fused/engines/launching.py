@@ -82,7 +82,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many of them the device has; few where kernels are interpreted, so that small problems are not all padding."""
+    """How many of them the device has."""
     return INTERPRETED_MULTIPROCESSORS if interpreted() else int(properties(device)["multiprocessor_count"])
 
 
