@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -359,11 +359,13 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
 def _plan_layer(problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int) -> LayerPlan:
     """The cheapest form of a layer, or the one that is told, over `times` chunks."""
     inner, layer = problem.inner, problem.network.layers[i]
-    first = i == inner.first_adapted
+    first = i <= inner.first_adapted
+    if i < inner.first_adapted:  # its support features stay the same at every step
+        shape = replace(shape, steps=min(shape.steps, 1))
 
     def estimate(form: str) -> Estimate:
         working_set = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
-        return _estimate(layer_operations(layer, form, first, shape), device, working_set, times)
+        return _estimate(layer_operations(layer, form, first, i == 0, shape), device, working_set, times)
 
     if i < inner.first_adapted or not inner.adapt[i]:
         return LayerPlan("shared", (("shared", estimate("shared")),))
