@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fomaml_fused as ff
-from fomaml_fused.planner import Plan
+from fomaml_fused.plans import Plan
 from fomaml_fused.tasks import TaskBatch
 
 from . import jax_peer

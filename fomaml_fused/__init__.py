@@ -4,7 +4,7 @@ from . import diagnostics, reference, tasks
 from .adapted import AdaptedMLP
 from .module import ANIL, FOMAML
 from .network import Sine
-from .planner import Plan, override
+from .plans import Plan, override
 from .problem import Loss
 from .tuning import tune
 from .version import __version__

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .batch import Query, Support, compute_dtype
 from .engines import FlatParameters, Gradients, batched
-from .planner import Plan
+from .plans import Plan
 
 
 def meta_loss(

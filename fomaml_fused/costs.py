@@ -37,8 +37,9 @@ class Device:
         return self.cached if working_set <= self.cache else self.streamed
 
 
-# Fitted to medians of single torch ops on two cores of a Xeon with AVX-512 (torch 2.13.0).
-CPU = Device("cpu", launch=4e-6, matrix=0.12e-6, flops=200e9, cached=60e9, streamed=14e9, cache=32 << 20)
+# Fitted to whole meta-steps of the sweep of `bench.regret` on two cores of a Xeon with AVX-512 (torch 2.13.0): a launch
+# is an op with the Python around it.
+CPU = Device("cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20)
 # The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
 GPU = Device("gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20)
 
@@ -74,100 +75,109 @@ class Shape:
         separate = matrices if matrices > 1 else 0
         return Operation(count, count * separate, count * 2.0 * matrices * m * k * n, count * traffic)
 
-    def elementwise(self, numbers: float, count: int = 1) -> Operation:
-        """Ops that read and write `numbers` numbers each."""
-        return Operation(count, 0, count * numbers, count * 2 * numbers * self.itemsize)
+    def elementwise(self, numbers: float, passes: int = 2, count: int = 1) -> Operation:
+        """`count` ops with a result of `numbers` numbers, with `passes` over that many, reading and writing."""
+        return Operation(count, 0, count * numbers, count * passes * numbers * self.itemsize)
 
 
-def layer_operations(layer: Layer, form: str, first: bool, shape: Shape) -> Iterator[Operation]:
+def layer_operations(layer: Layer, form: str, first: bool, lowest: bool, shape: Shape) -> Iterator[Operation]:
     """Every operation of a layer in one meta-step of a chunk.
 
     Args:
         form: "shared", "primal", "dual", or "dual:k".
-        first: whether the layer is the first that moves: nothing flows below it on the support set.
+        first: whether nothing flows below the layer on the support set, as nothing there moves.
+        lowest: whether nothing flows below it on the query set either, where features ask for no gradient.
     """
     t, s, q, steps = shape.tasks, shape.shots, shape.queries, shape.steps
     i, o = layer.in_features, layer.out_features
-    mm, elementwise = shape.product, shape.elementwise
-    dual = _dual_steps(form, steps)
+    fold, mm = fold_step(form), shape.product
 
-    yield elementwise(t * s * o, count=2 * steps)
-    yield elementwise(t * q * o, count=2)
+    yield shape.elementwise(t * s * o, count=2 * steps)  # the activation and its derivative
+    yield shape.elementwise(t * q * o, count=2 + layer.bias)  # and the bias's outer gradient
     yield mm(1, o, t * q, i, passes=2)
     if form == "shared":
-        yield from _shared_passes(layer, shape, s, count=steps)
-        yield from _shared_passes(layer, shape, q)
-        return
-    if dual and first:
-        yield mm(1, t * s, i, o)
-        yield mm(t, s, i, s)
-        yield mm(t, s, s, o, count=dual)
-        yield elementwise(t * s * o, count=dual * (1 + shape.momentum))
-    elif dual:
-        yield from _dual_passes(layer, shape, s, 0.0)
-        yield from _dual_passes(layer, shape, s, dual * s / 2, count=dual - 1)  # the mean of s, ..., (dual - 1) * s
-        yield elementwise(t * s * i, count=dual)
-        yield elementwise(t * s * o, count=dual)
-    if fold_step(form):
-        moving = shape.momentum and dual < steps
-        yield mm(t, o, s if first else dual * s, i, count=2 if moving else 1)
-    if form == "dual" and first:
-        yield mm(1, t * q, i, o)
-        yield mm(t, q, i, s)
-        yield mm(t, q, s, o, passes=2)
-    elif form == "dual":
-        yield from _dual_passes(layer, shape, q, dual * s)
+        yield from _shared_passes(layer, shape, s, not first, count=steps)
+        yield from _shared_passes(layer, shape, q, not lowest)
+    elif form == "primal":
+        yield from _primal_steps(layer, first, shape, 0)
+        yield from _primal_passes(layer, shape, q, not lowest)
     else:
-        yield from _primal_steps(layer, first, shape, dual)
-        yield mm(t, q, i, o)
-        yield mm(t, q, o, i)
-
-
-def _dual_steps(form: str, steps: int) -> int:
-    """How many inner steps a layer takes in the dual form."""
-    return fold_step(form) or (steps if form == "dual" else 0)
-
-
-def _shared_passes(layer: Layer, shape: Shape, rows: int, count: int = 1) -> Iterator[Operation]:
-    """Forward and backward of `rows` samples a task through the shared weights."""
-    yield shape.product(1, shape.tasks * rows, layer.in_features, layer.out_features, count=count)
-    yield shape.product(1, shape.tasks * rows, layer.out_features, layer.in_features, count=count)
-
-
-def _dual_passes(layer: Layer, shape: Shape, rows: int, past: float, count: int = 1) -> Iterator[Operation]:
-    """Forward and backward of `rows` samples a task, corrected by a history of `past` samples."""
-    t, i, o, mm = shape.tasks, layer.in_features, layer.out_features, shape.product
-    yield from _shared_passes(layer, shape, rows, count)
-    if past:
-        yield mm(t, rows, i, past, count=count)
-        yield mm(t, rows, past, o, passes=2, count=count)
-        yield mm(t, rows, o, past, count=count)
-        yield mm(t, rows, past, i, passes=2, count=count)
-        if shape.momentum or shape.decay:
-            yield shape.elementwise(t * rows * past, count=2 * count)
+        yield from _dual_steps(layer, first, shape, fold or steps)
+        if fold:
+            rank, sums = s if first else fold * s, 2 if shape.momentum and fold < steps else 1
+            yield mm(t, o, rank, i, passes=3, count=sums)
+            yield shape.elementwise(t * rank * o, count=sums * (layer.bias + (shape.momentum or shape.decay)))
+            yield shape.elementwise(t * o, count=sums * 2 * layer.bias)
+            yield from _primal_steps(layer, first, shape, fold)
+            yield from _primal_passes(layer, shape, q, not lowest)
+        else:
+            yield from _dual_passes(layer, shape, q, s if first else steps * s, not lowest)
 
 
 def _primal_steps(layer: Layer, first: bool, shape: Shape, start: int) -> Iterator[Operation]:
-    """The inner steps from `start` on, each a pass and an update; step 0 reads the shared weights."""
-    t, s, i, o, mm = shape.tasks, shape.shots, layer.in_features, layer.out_features, shape.product
+    """The inner steps from `start` on; step 0 reads the shared weights and writes each task its own."""
+    t, s, i, o = shape.tasks, shape.shots, layer.in_features, layer.out_features
+    steps, later = shape.steps - start, shape.steps - max(start, 1)
     if start == 0:
-        yield mm(1, t * s, i, o)
-        yield mm(1, t * s, o, i, count=not first)
-        yield mm(t, o, s, i)
-    later = shape.steps - max(start, 1)
-    yield mm(t, s, i, o, count=later)
-    yield mm(t, s, o, i, count=later * (not first))
-    yield mm(t, o, s, i, passes=2, count=later)
-    yield shape.elementwise(t * s * o, count=(shape.steps - start) * 2 * layer.bias)
+        yield from _shared_passes(layer, shape, s, not first)
+        yield shape.product(t, o, s, i, passes=3)
+    yield from _primal_passes(layer, shape, s, not first, count=later)
+    yield shape.product(t, o, s, i, passes=2, count=later)
+    if layer.bias:
+        yield shape.elementwise(t * s * o, count=steps)
+        yield shape.elementwise(t * o, count=steps * (3 if shape.momentum else 1))
     if shape.momentum:
-        yield shape.elementwise(t * i * o, count=(shape.steps - start) * (1 + shape.decay))
+        yield shape.elementwise(t * i * o, passes=3, count=steps * (1 + shape.decay))
+
+
+def _dual_steps(layer: Layer, first: bool, shape: Shape, steps: int) -> Iterator[Operation]:
+    """The first inner steps."""
+    t, s, i, o = shape.tasks, shape.shots, layer.in_features, layer.out_features
+    if first:
+        yield from _shared_passes(layer, shape, s, False)
+        yield shape.product(t, s, i, s)
+        yield shape.product(t, s, s, o, passes=3, count=steps - 1)
+        yield shape.elementwise(t * s * o, count=steps * (3 if shape.momentum or shape.decay else 1))
+        return
+    yield from _shared_passes(layer, shape, s, True)
+    # The history at steps 1, 2, ... is s, 2 * s, ... rows; this is their mean.
+    yield from _dual_passes(layer, shape, s, steps * s / 2, True, count=steps - 1)
+    yield shape.elementwise(t * s * i, count=steps)
+    yield shape.elementwise(t * s * o, count=2 * steps)
+
+
+def _shared_passes(layer: Layer, shape: Shape, rows: int, backward: bool, count: int = 1) -> Iterator[Operation]:
+    """`count` times forward, and backward or not, of `rows` samples a task through the shared weights."""
+    yield shape.product(1, shape.tasks * rows, layer.in_features, layer.out_features, count=count)
+    yield shape.product(1, shape.tasks * rows, layer.out_features, layer.in_features, count=count * backward)
+
+
+def _primal_passes(layer: Layer, shape: Shape, rows: int, backward: bool, count: int = 1) -> Iterator[Operation]:
+    """The same through each task's own weights."""
+    t, i, o = shape.tasks, layer.in_features, layer.out_features
+    yield shape.product(t, rows, i, o, passes=1 + 2 * layer.bias, count=count)
+    yield shape.product(t, rows, o, i, count=count * backward)
+
+
+def _dual_passes(
+    layer: Layer, shape: Shape, rows: int, past: float, backward: bool, count: int = 1
+) -> Iterator[Operation]:
+    """The same through the shared weights, corrected by a history of `past` samples."""
+    t, i, o, mm = shape.tasks, layer.in_features, layer.out_features, shape.product
+    yield from _shared_passes(layer, shape, rows, backward, count)
+    yield mm(t, rows, i, past, count=count)
+    yield mm(t, rows, past, o, passes=2, count=count)
+    yield mm(t, rows, o, past, count=count * backward)
+    yield mm(t, rows, past, i, passes=2, count=count * backward)
+    weighed = (1 + backward) * (shape.momentum or shape.decay)
+    yield shape.elementwise(t * rows * past, count=count * (layer.bias + weighed))
 
 
 def layer_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     """Bytes that a layer holds for a chunk between its inner steps and its outer gradient."""
     s, q = shape.shots, shape.queries
     i, o = layer.in_features, layer.out_features
-    rows, dual = s + q, _dual_steps(form, shape.steps)
+    rows, dual = s + q, fold_step(form) or (shape.steps if form == "dual" else 0)
     held = rows * (i + 2 * o)  # inputs, what the activation keeps, gradients
     if form == "primal" or fold_step(form):
         held += o * (i + 1) * (2 if shape.momentum else 1)

@@ -1,10 +1,11 @@
-"""The kernels' part of the planner: which of them take a problem, how they are laid out, what they cost.
+"""The part of the planner that is for kernels: which of them take a problem, how they are laid out, what they cost.
 
 Asks Triton of the device, so it is imported only where Triton is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from .kernel_costs import CHIP, Work, dual_work, resident_work
 from .kernels.configuration import Config, DualConfig, configuration
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
 from .kernels.spec import padded
-from .planner import Estimate, LayerPlan, Override, Plan, tuned_for
+from .plans import Estimate, LayerPlan, Override, Plan
 from .problem import Problem
 
 SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
@@ -36,6 +37,11 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
         "dual": _callable(problem) or _dual("dual", problem, sizes, told, device, operands),
         "layered": _dual("layered", problem, sizes, told, device, operands),
     }
+
+
+def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable:
+    """What a kernel's configuration is remembered by."""
+    return problem.network.widths, precision, sizes.shots, sizes.queries
 
 
 def _obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:

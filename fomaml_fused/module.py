@@ -15,7 +15,8 @@ from .batch import Sizes, Support, cast_targets, check_query, check_query_featur
 from .engines import FlatParameters
 from .engines.losses import task_loss
 from .network import read_network
-from .planner import BACKENDS, PRECISIONS, Plan, make_plan
+from .planner import BACKENDS, PRECISIONS, make_plan
+from .plans import Plan
 from .problem import InnerLoop, Loss, Problem, SampleLoss, adapted_layers, inner_rates
 
 REDUCTIONS = ("mean", "sum", "none")

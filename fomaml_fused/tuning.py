@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .module import FOMAML
-from .planner import Plan, forget_plans, override, tuned_for
+from .planner import forget_plans
+from .plans import Plan, override
 
 if TYPE_CHECKING:
     from .kernels.configuration import Config
@@ -78,6 +79,7 @@ def _seconds(meta: FOMAML, batch: tuple[Tensor, ...]) -> float:
 
 def _remember(plan: Plan, config: Config) -> None:
     from .engines import launching
+    from .kernel_plans import tuned_for
     from .kernels.configuration import remember
 
     key = tuned_for(plan.problem, plan.sizes, plan.precision)

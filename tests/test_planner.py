@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import fomaml_fused as ff
 from fomaml_fused.batch import Sizes, Support
-from fomaml_fused.planner import MEMORY_BOUND, make_plan
+from fomaml_fused.planner import make_plan
+from fomaml_fused.plans import MEMORY_BOUND
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -188,30 +191,67 @@ def test_networks_that_fit_on_chip_run_in_the_resident_kernel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "reason"),
+    ("model", "shots", "options", "engines", "reason"),
     [
-        (mlp(64, 256, 256, 5), {}, "65,536 numbers when padded, is more than a program holds on chip"),
-        (mlp(64, 64, 64, 64, 64), {"precision": "tf32"}, r"about \d+ registers a thread.*a thread has 255"),
-        (mlp(3, 4).double(), {}, "kernels compute in float32, the model is float64"),
-        (mlp(3, 4), {"loss": torch.nn.functional.mse_loss}, "loss is a callable"),
-        (mlp(3, 4), {"outer_loss": torch.nn.functional.mse_loss}, "outer_loss is a callable"),
+        (mlp(64, 256, 256, 5), 5, {}, "resident", "65,536 numbers when padded, is more than a program holds on chip"),
+        (mlp(64, 64, 64, 64, 64), 5, {"precision": "tf32"}, "resident", r"about \d+ registers .*a thread has 255"),
+        (mlp(3, 4), 5, {"loss": torch.nn.functional.mse_loss}, "resident dual", "loss is a callable"),
+        (mlp(3, 4), 5, {"outer_loss": torch.nn.functional.mse_loss}, "resident dual", "outer_loss is a callable"),
+        (mlp(3, 4, 2), 30, {"steps": 4}, "dual", "the 120 samples of a program's history are more than a tile of 64"),
+        (mlp(3, 4, 2), 65, {}, "dual layered", "the 65 shots of a program's tasks are more than a tile of 64 samples"),
+        (mlp(3, 4).double(), 5, {}, "resident dual layered", "kernels compute in float32, the model is float64"),
     ],
-    ids=["width", "registers", "float64", "callable", "outer callable"],
+    ids=["width", "registers", "callable", "outer callable", "history", "shots", "float64"],
 )
-def test_what_no_kernel_takes_runs_elsewhere_and_says_why(
-    model: nn.Module, options: dict[str, Any], reason: str
+def test_a_kernel_that_cannot_run_is_named_with_the_reason(
+    model: nn.Module, shots: int, options: dict[str, Any], engines: str, reason: str
 ) -> None:
-    with pytest.warns(UserWarning, match=f"runs the batched engine instead: .*{reason}"):
-        chosen = plan(model, 7, 5, 5, backend="triton", **options)
-    assert chosen.engine == "batched"
-    assert re.search(f"the resident kernel cannot run: .*{reason}", str(chosen))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chosen = plan(model, 7, shots, 5, backend="triton", **options)
+    for engine in engines.split():
+        assert re.search(f"{engine}( cannot run)?: .*{reason}", str(chosen))
+        with pytest.raises(ValueError, match=f"engine is '{engine}', which cannot run: .*{reason}"), override(engine):
+            plan(model, 7, shots, 5, backend="triton", **options)
+    if len(engines.split()) < 3:
+        assert chosen.engine not in (*engines.split(), "batched")
+        assert not said
+    else:
+        assert chosen.engine == "batched"
+        assert re.search(f"runs the batched engine instead: .*{reason}", str(said[0].message))
+
+
+def override(engine: str) -> AbstractContextManager[None]:
+    return ff.override(engine=engine)
+
+
+def test_few_shots_on_wide_networks_run_in_the_dual_kernels() -> None:
+    """In one launch while a program's chain of tiles is short, spread over the device where it is not."""
+    omniglot = plan(mlp(784, 256, 128, 64, 64, 5), 32, 5, 5, steps=5, backend="triton")
+    wide = plan(mlp(512, 1024, 1024, 1024, 10), 32, 10, 10, steps=5, backend="triton")
+    crowd = plan(mlp(64, 128, 64, 10), 10_000, 5, 5, steps=3, backend="triton")
+    assert (omniglot.engine, wide.engine) == ("dual", "layered")
+    assert crowd.engine in ("dual", "layered")
+    assert omniglot.forms == ("dual",) * 5
+    assert "2 tasks a program" in crowd.reason
+    assert crowd.memory < 0.1 * crowd.naive_memory
+    for chosen in (omniglot, wide, crowd):
+        assert re.search("(?m)^batched +", str(chosen))
+
+
+def test_nested_overrides_add_up() -> None:
+    with ff.override(engine="batched"), ff.override(chunk=3):
+        assert plan(mlp(3, 4), 7, 5, 5, backend="triton").chunk == 3
+        assert plan(mlp(3, 4), 7, 5, 5, backend="triton").engine == "batched"
+    with pytest.raises(ValueError, match="engine is 'fast'; it takes one of batched, resident, dual, layered"):
+        override("fast").__enter__()
 
 
 def test_shared_memory_that_a_device_lacks_is_known_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     from fomaml_fused.engines import launching
 
     monkeypatch.setattr(launching, "shared_memory", lambda device: 10_000)
-    with pytest.warns(UserWarning, match=r"about [\d,]+ bytes of shared memory, and a program has 10,000"):
+    with pytest.warns(UserWarning, match=r"(about [\d,]+ bytes of shared memory, and a program has 10,000.*){3}"):
         assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "batched"
 
 

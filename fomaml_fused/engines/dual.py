@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from ..batch import Query, Support, cast_targets
@@ -153,7 +152,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
             gradients[i] = new(device, tasks, steps, shots, widths[i + 1])
         samples.inputs[:depth], samples.gradients = inputs, gradients
         counts = None if weight is None else _share(weight)
-        velocity = torch.empty_like(gradients[first]) if spec.momentum else None
+        velocity = new(device, tasks, shots, widths[first + 1]) if spec.momentum else None
         if plan.engine == "dual":
             dual.inner_kernel[_programs(spec, tasks, shots),](
                 adapted.weights, adapted.biases, *_numbers(problem, device), samples.base, y, counts, 1 / shots,
@@ -430,8 +429,8 @@ def _programs(spec: DualSpec, tasks: int, rows: int) -> int:
 
 
 def _tiles(spec: DualSpec, width: int) -> int:
-    tiles: int = triton.cdiv(width, features(spec, width))
-    return tiles
+    block: int = features(spec, width)
+    return -(-width // block)
 
 
 def _options(plan: Planned) -> dict[str, int | bool]:

@@ -1,0 +1,121 @@
+"""The batched engine's part of the planner: the form of each layer, and how many tasks at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from .batch import Sizes
+from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
+from .engines import fold_step
+from .plans import FORMS, Estimate, LayerPlan, Override, Plan
+from .problem import Problem
+
+
+def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan]:
+    """The plan of batched torch ops, and what it would be with every layer in one form.
+
+    Raises:
+        ValueError: not one overriding form a layer, or a layer that is to fold at a step past the last.
+    """
+    if told.forms is not None:
+        _check_forms(told.forms, problem)
+    found = {"batched": _fastest(problem, sizes, told, reason)}
+    for form in FORMS:
+        forms = (form,) * problem.network.depth
+        found[f"all {form}"] = _fastest(problem, sizes, replace(told, forms=forms, chunk=None), reason)
+    return found
+
+
+def _fastest(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Plan:
+    """The fastest plan of batched torch ops, by the cost model, that stays within the bound on memory."""
+    device = CPU if sizes.device.type == "cpu" else GPU
+    candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
+    plans = [_plan_chunk(problem, sizes, device, told, chunk, reason) for chunk in candidates]
+    within = [plan for plan in plans if plan.memory <= told.memory_bound] or plans[-1:]
+    return min(within, key=lambda plan: plan.estimate.seconds)
+
+
+def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str) -> Plan:
+    """The cheapest forms for a given number of tasks at a time."""
+    inner, layers = problem.inner, problem.network.layers
+    itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)
+    shape = Shape(
+        chunk, sizes.shots, sizes.queries, inner.steps, itemsize, inner.momentum > 0.0, inner.weight_decay > 0.0
+    )
+    times = math.ceil(sizes.tasks / chunk)
+    chosen, held, state = [], 0.0, 0.0
+    for i, layer in enumerate(layers):
+        chosen.append(_plan_layer(problem, i, shape, device, told, times))
+        form, first = chosen[-1].form, i == inner.first_adapted
+        held += layer_bytes(layer, form, first, shape)
+        state += state_bytes(layer, form, first, shape)
+    return Plan(
+        problem=problem,
+        sizes=sizes,
+        engine="batched",
+        layers=tuple(chosen),
+        chunk=chunk,
+        keeps_state=(state + held) * times <= told.memory_bound,
+        memory=held,
+        naive_memory=float(2 * sizes.tasks * problem.network.parameters * itemsize),
+        reason=reason,
+        memory_bound=told.memory_bound,
+    )
+
+
+def _plan_layer(problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int) -> LayerPlan:
+    """The cheapest form of a layer, or the one that is told, over `times` chunks."""
+    inner, layer = problem.inner, problem.network.layers[i]
+    first = i <= inner.first_adapted
+    if i < inner.first_adapted:  # its support features stay the same at every step
+        shape = replace(shape, steps=min(shape.steps, 1))
+
+    def estimate(form: str) -> Estimate:
+        working_set = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
+        return _estimate(layer_operations(layer, form, first, i == 0, shape), device, working_set, times)
+
+    if i < inner.first_adapted or not inner.adapt[i]:
+        return LayerPlan("shared", (("shared", estimate("shared")),))
+    if told.forms is not None:
+        estimates = {form: estimate(form) for form in (*FORMS, told.forms[i])}
+        return LayerPlan(told.forms[i], tuple(estimates.items()))
+    folds = {form: estimate(form) for form in _folds(inner.steps)}
+    fold = min(folds, key=lambda form: folds[form].seconds)
+    estimates = {form: estimate(form) for form in FORMS} | {fold: folds[fold]}
+    return LayerPlan(min(estimates, key=lambda form: estimates[form].seconds), tuple(estimates.items()))
+
+
+def _estimate(operations: Iterable[Operation], device: Device, working_set: float, times: int) -> Estimate:
+    whole = Operation(*map(sum, zip(*operations, strict=True)))
+    return Estimate(times * whole.seconds(device, working_set), times * whole.flops, times * whole.bytes)
+
+
+def _folds(steps: int) -> Iterator[str]:
+    """Forms that fold: at every step of a few, else at ever longer distances, and in any case after the last one."""
+    k = 1
+    while k < steps:
+        yield f"dual:{k}"
+        k += max(1, k // 2)
+    if steps:
+        yield f"dual:{steps}"
+
+
+def _chunks(tasks: int) -> list[int]:
+    """All tasks at once, then half of them, a quarter, ..., one."""
+    chunks = [max(tasks, 1)]
+    while chunks[-1] > 1:
+        chunks.append(math.ceil(chunks[-1] / 2))
+    return chunks
+
+
+def _check_forms(forms: tuple[str, ...], problem: Problem) -> None:
+    depth, steps = problem.network.depth, problem.inner.steps
+    if len(forms) != depth:
+        raise ValueError(f"forms is {forms}; it takes one of 'primal', 'dual', 'dual:k' for each of the {depth} layers")
+    for form in forms:
+        if (fold_step(form) or 0) > steps:
+            raise ValueError(f"forms has {form!r}; 'dual:k' takes 1 <= k <= {steps}, the number of inner steps")
