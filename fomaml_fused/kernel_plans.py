@@ -118,7 +118,7 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     # Numbers of a task: its history; inputs, pre-activations and gradients of a step and of the query pass.
     history = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
     history += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
-    passing = (sizes.shots + sizes.queries) * 3 * sum(widths)
+    passing = (sizes.shots + 3 * sizes.queries) * sum(widths)
     pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
     how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
     forms = tuple("dual" if i >= first and inner.adapt[i] else "shared" for i in range(depth))

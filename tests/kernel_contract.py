@@ -121,10 +121,10 @@ class KernelContract:
         check(Case(widths=widths, steps=3, shots=10, activation="relu", momentum=0.5), precision, per_task=INTERPRETED)
 
     @given(case=cases())
-    @settings(max_examples=25 if INTERPRETED else 8)
-    def test_random_problems(self, case: Case) -> None:
-        if "callable" not in (case.loss, case.outer_loss):
-            check(case)
+    @settings(max_examples=12 if INTERPRETED else 8)
+    def test_random_problems(self, engine: str, case: Case) -> None:
+        if engine == "layered" or "callable" not in (case.loss, case.outer_loss):
+            check(case, per_task=False)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_sixteen_bit_parameters_are_computed_in_float32(self, dtype: torch.dtype) -> None:
@@ -167,15 +167,15 @@ class KernelContract:
 
     def test_sixteen_bits_hold_the_parts_of_many_tasks_and_samples(self) -> None:
         """A sample's part in the mean over tasks and samples is less than fp16 holds, its gradient is not."""
-        case = Case(widths=(3, 17, 5), loss="l1", activation="identity", tasks=300, queries=16, shots=2, steps=0)
+        case = Case(widths=(3, 17, 20), loss="l1", activation="identity", tasks=75, queries=16, shots=2, steps=0)
         small = replace(case, reduction="sum")
         mean, total = (by_kernels(c, "fp16", per_task=False).values for c in (case, small))
         for name in mean:
             assert relative_error(mean[name] * case.tasks, total[name]) < 1e-5
 
     def test_results_repeat_bit_by_bit(self) -> None:
-        case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=11, steps=4)
-        first, second = (by_kernels(case).values for _ in range(2))
+        case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=11, steps=2)
+        first, second = (by_kernels(case, per_task=False).values for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_no_task_and_no_query_follow_torch(self) -> None:

@@ -2,15 +2,104 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from .kernel_contract import KernelContract, watched
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fomaml_fused as ff
+
+from .cases import Case, assert_close, by_engine, cases
+from .kernel_contract import INTERPRETED, KernelContract, check, watched
+from .on_kernels import by_kernels, kernel_device, on_device
+from .peak_memory import PeakMemory
 
 pytest.importorskip("triton")
 
+from fomaml_fused.kernels.configuration import DualConfig
+
 __all__ = ["watched"]
+ENGINES = pytest.mark.parametrize("engine", ["dual", "layered"])
 
 
-@pytest.mark.parametrize("engine", ["dual", "layered"])
+# Compiled, a case takes ten seconds or more: there `test_everything_at_once` stands for these.
+@pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+@ENGINES
 class TestDual(KernelContract):
     pass
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({}, DualConfig(4, 16)),
+        ({"tasks": 7, "loss": "cross_entropy"}, DualConfig(4, 16, tasks=3)),
+        ({"tasks": 5, "shots": 3, "queries": 7}, DualConfig(4, 32, tasks=5, features=16, contracted=16, stages=3)),
+        ({"widths": (40, 70, 33, 5), "queries": 20, "adapt": [1, 2]}, DualConfig(8, 16, features=32, contracted=16)),
+    ],
+    ids=str,
+)
+def test_everything_at_once(engine: str, options: dict[str, Any], config: DualConfig) -> None:
+    """Several tasks a program, tiles smaller than layers and sets, every option of the inner loop."""
+    whole = {"steps": 3, "activation": "gelu", "momentum": 0.9, "weight_decay": 0.1, "weighted": True}
+    case = Case(**{"widths": (3, 17, 5, 3), **whole, **options})
+    with ff.override(engine=engine, config=config):
+        check(case, per_task=INTERPRETED)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+@ENGINES
+@given(case=cases(), tasks=st.integers(1, 4), samples=st.sampled_from([16, 32]), tile=st.sampled_from([16, 32]))
+@settings(max_examples=12)
+def test_random_problems_in_packs_and_tiles(engine: str, case: Case, tasks: int, samples: int, tile: int) -> None:
+    fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
+    if fits and (engine == "layered" or "callable" not in (case.loss, case.outer_loss)):
+        with ff.override(engine=engine, config=DualConfig(4, samples, tasks, tile, 16)):
+            check(case, per_task=False)
+
+
+@ENGINES
+def test_a_diverged_task_spoils_no_other_of_its_pack(engine: str) -> None:
+    case = Case(widths=(3, 17, 9, 5), tasks=6, activation="relu", steps=4, lr=1.0)
+    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
+    sound = batch["support_y"].clone()
+    batch["support_y"][1] = 1e30
+    meta = ff.FOMAML(model, **case.options(), backend="triton")
+    with ff.override(engine=engine, config=DualConfig(4, 16, tasks=3)):
+        losses = meta(**batch, reduction="none")
+        expected = meta(**batch | {"support_y": sound}, reduction="none")
+    assert losses.isfinite().tolist() == [True, False, True, True, True, True]
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(losses[others], expected[others])
+
+
+def test_all_engines_agree() -> None:
+    case = Case(widths=(3, 17, 5, 4), loss="cross_entropy", steps=3, momentum=0.5, tasks=2)
+    expected = by_engine(case, torch.float32)
+    for engine in ("resident", "dual", "layered"):
+        with ff.override(engine=engine):
+            assert_close(by_kernels(case), expected, 2e-6)
+
+
+@ENGINES
+def test_no_task_has_weights_of_its_own(engine: str) -> None:
+    """What a task adds to the peak is its history and its samples, far less than its weights would be."""
+    widths, shots, queries, steps = (16, 96, 96, 4), 2, 3, 2
+    model = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
+    meta = ff.FOMAML(model.to(kernel_device()), steps=steps, backend="triton")
+    history = shots * (widths[0] + widths[1]) + steps * shots * (2 * 96 + 96 + 4)
+    samples = (shots + 3 * queries) * sum(widths) + (shots + queries) * (widths[0] + widths[-1])
+    parameters = sum(p.numel() for p in model.parameters())
+    assert history + samples < 0.5 * parameters
+    for call in ("meta", "predict"):
+        peaks = []
+        for tasks in (2, 4):
+            x, y, q, t = (torch.randn(tasks, n, w, device=kernel_device()) for n in (2, 3) for w in (16, 4))
+            with ff.override(engine=engine), PeakMemory() as memory:
+                meta(x, y, q, t) if call == "meta" else meta.predict(x, y, q).sum().backward()
+            peaks.append(memory.peak)
+        assert peaks[1] - peaks[0] <= 2 * 4 * (history + samples)

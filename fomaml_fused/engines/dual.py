@@ -144,7 +144,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
         return adapted
     x, y, weight = contiguous(support)
     with on_device(device):
-        samples = _samples(adapted, x, spec)
+        samples = _samples(adapted, x, spec, query=False)
         _shared_forward(adapted, samples)
         inputs[first], gradients[first] = samples.inputs[first], new(device, tasks, shots, widths[first + 1])
         for i in range(first + 1, depth):
@@ -202,20 +202,23 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
     return layers
 
 
-def _samples(adapted: Adapted, x: Tensor, spec: DualSpec) -> Samples:
-    """Samples x [T, N, in], and room for what becomes of them."""
-    outputs = [new(x.device, *x.shape[:2], width) for width in spec.widths[1:]]
-    kept = [
-        None if keeps_output(activation) else torch.empty_like(z)
-        for activation, z in zip(spec.activations, outputs, strict=True)
-    ]
-    base = torch.empty_like(outputs[adapted.first]) if adapted.first < adapted.depth else None
+def _samples(adapted: Adapted, x: Tensor, spec: DualSpec, *, query: bool) -> Samples:
+    """Samples x [T, N, in], and room for what becomes of them; of a support set, beside its history."""
+    outputs: Layers = []
+    kept: Layers = []
+    for i, (width, activation) in enumerate(zip(spec.widths[1:], spec.activations, strict=True)):
+        own = query or i < adapted.first or i == adapted.depth - 1
+        outputs.append(new(x.device, *x.shape[:2], width) if own else None)
+        kept.append(None if keeps_output(activation) else new(x.device, *x.shape[:2], width))
+    moving = adapted.first < adapted.depth
+    base = new(x.device, *x.shape[:2], spec.widths[adapted.first + 1]) if moving else None
     return Samples(spec, [x, *outputs], kept, [None] * adapted.depth, base)
 
 
 def _query_samples(adapted: Adapted, x: Tensor) -> Samples:
     assert isinstance(adapted.plan.config, DualConfig)
-    samples = _samples(adapted, x, replace(adapted.spec, samples=adapted.plan.config.samples))
+    spec = replace(adapted.spec, samples=adapted.plan.config.samples)
+    samples = _samples(adapted, x, spec, query=True)
     _shared_forward(adapted, samples)
     return samples
 
@@ -425,7 +428,9 @@ def _shared(samples: Samples, i: int, width: int) -> tuple[int, int, DualSpec]:
 
 def _programs(spec: DualSpec, tasks: int, rows: int) -> int:
     """Packs of tasks times blocks of a pack's samples."""
-    return -(-tasks // spec.tasks) * -(-spec.tasks * rows // spec.samples)
+    packs, blocks = -(-tasks // spec.tasks), -(-spec.tasks * rows // spec.samples)
+    programs: int = packs * blocks
+    return programs
 
 
 def _tiles(spec: DualSpec, width: int) -> int:
