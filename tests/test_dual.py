@@ -8,14 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import fomaml_fused as ff
 
 from .cases import Case, assert_close, by_engine, cases
 from .kernel_contract import INTERPRETED, KernelContract, check, watched
 from .on_kernels import by_kernels, kernel_device, on_device
-from .peak_memory import PeakMemory
 
 pytest.importorskip("triton")
 
@@ -83,23 +81,3 @@ def test_all_engines_agree() -> None:
     for engine in ("resident", "dual", "layered"):
         with ff.override(engine=engine):
             assert_close(by_kernels(case), expected, 2e-6)
-
-
-@ENGINES
-def test_no_task_has_weights_of_its_own(engine: str) -> None:
-    """What a task adds to the peak is its history and its samples, far less than its weights would be."""
-    widths, shots, queries, steps = (16, 96, 96, 4), 2, 3, 2
-    model = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
-    meta = ff.FOMAML(model.to(kernel_device()), steps=steps, backend="triton")
-    history = shots * (widths[0] + widths[1]) + steps * shots * (2 * 96 + 96 + 4)
-    samples = (shots + 3 * queries) * sum(widths) + (shots + queries) * (widths[0] + widths[-1])
-    parameters = sum(p.numel() for p in model.parameters())
-    assert history + samples < 0.5 * parameters
-    for call in ("meta", "predict"):
-        peaks = []
-        for tasks in (2, 4):
-            x, y, q, t = (torch.randn(tasks, n, w, device=kernel_device()) for n in (2, 3) for w in (16, 4))
-            with ff.override(engine=engine), PeakMemory() as memory:
-                meta(x, y, q, t) if call == "meta" else meta.predict(x, y, q).sum().backward()
-            peaks.append(memory.peak)
-        assert peaks[1] - peaks[0] <= 2 * 4 * (history + samples)

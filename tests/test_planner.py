@@ -299,3 +299,23 @@ def test_memory_does_not_grow_with_tasks() -> None:
         data = 4 * tasks * 2 * 4
         peaks.append(memory.peak - data)
     assert peaks[1] - peaks[0] <= 4 * 40
+
+
+@pytest.mark.parametrize("engine", ["dual", "layered"])
+def test_in_the_dual_kernels_no_task_has_weights_of_its_own(engine: str) -> None:
+    """What a task adds to the peak is its history and its samples, far less than its weights would be."""
+    widths, shots, queries, steps = (16, 96, 96, 4), 2, 3, 2
+    model = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 4))
+    meta = ff.FOMAML(model, steps=steps, backend="triton")
+    history = shots * (widths[0] + widths[1]) + steps * shots * (2 * 96 + 96 + 4)
+    samples = (shots + 3 * queries) * sum(widths) + (shots + queries) * (widths[0] + widths[-1])
+    parameters = sum(p.numel() for p in model.parameters())
+    assert history + samples < 0.5 * parameters
+    for call in ("meta", "predict"):
+        peaks = []
+        for tasks in (2, 4):
+            x, y, q, t = (torch.randn(tasks, n, w) for n in (2, 3) for w in (16, 4))
+            with ff.override(engine=engine), PeakMemory() as memory:
+                meta(x, y, q, t) if call == "meta" else meta.predict(x, y, q).sum().backward()
+            peaks.append(memory.peak)
+        assert peaks[1] - peaks[0] <= 2 * 4 * (history + samples)
