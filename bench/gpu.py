@@ -37,9 +37,10 @@ BUDGETS = {False: 500.0, True: 60.0}  # seconds; of a dry run and not
 GRACE = 15.0  # seconds past its deadline until a process is killed
 STUCK = 120.0  # seconds without a sign until it is
 COMPILED = ("compile(vmap(grad))",)  # the peers whose device time is asked for
+KERNEL_TESTS = ("tests/test_resident.py", "tests/test_dual.py")
 WORKER = (sys.executable, "-m", "bench.gpu_timing")
-# For time may run out: what is timed first of the workloads that the resident kernel does not take.
-ORDER = ("crowd", "omniglot", "wide", "meta_siren", "rl", "learnit")
+# For time may run out: the workloads in the order of what is to be learned from them.
+ORDER = tuple(dict.fromkeys(("sine K=5", "omniglot", "wide", "crowd", *WORKLOADS)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Suite:
             self.results["repeats"][job.workload] = result
             self.save()
 
-        jobs = [Job("repeats", name) for name in self._resident()]
+        jobs = [Job("repeats", name) for name in self._taken()]
         run_jobs(jobs, self.begin + REPEATS_END * self.budget, self.dry_run, keep)
 
     def _speed(self) -> None:
@@ -116,18 +117,18 @@ class Suite:
             self.results["speed"].setdefault(job.workload, {})[job.precision] = result
             self.save()
 
-        first = self._resident()
-        others = [name for name in (*ORDER, *WORKLOADS) if name not in first]
+        first = self._taken()
+        others = [name for name in ORDER if name not in first]
         jobs = [Job("speed", name, at) for at in ("highest", "high") for name in first]
-        jobs += [Job("speed", name, at) for at in ("highest", "high") for name in dict.fromkeys(others)]
+        jobs += [Job("speed", name, at) for at in ("highest", "high") for name in others]
         if self.dry_run:
             jobs = [job for job in jobs if job.precision == "highest" or job.workload == "sine"]
         run_jobs(jobs, self.begin + self.budget, self.dry_run, keep)
 
-    def _resident(self) -> list[str]:
-        """The workloads that the kernel takes, in some precision."""
+    def _taken(self) -> list[str]:
+        """The workloads that a kernel takes, in some precision."""
         plans = self.results["plans"]
-        return [name for name in WORKLOADS if any(plan["engine"] == "resident" for plan in plans[name].values())]
+        return [name for name in ORDER if any(plan["engine"] != "batched" for plan in plans[name].values())]
 
     def _do(self, jobs: list[Job], deadline: float) -> list[Row]:
         found: list[Row] = []
@@ -236,10 +237,10 @@ def _work(
 def kernel_tests(dry_run: bool, timeout: float) -> Row:
     """Run the kernel tests: counts, what failed and why, and the end of what pytest said."""
     where = "interpreted" if dry_run else "gpu"
-    command = [sys.executable, "-m", "pytest", "tests/test_resident.py", f"--kernels={where}", "-v"]
+    command = [sys.executable, "-m", "pytest", *KERNEL_TESTS, f"--kernels={where}", "-v"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     if dry_run:
-        command += ["-k", "test_results_repeat"]
+        command += ["-k", "test_results_repeat and resident"]
     elif find_spec("xdist") is not None:
         command += ["-n", "4", "--dist=worksteal"]
     if timeout < 5:
@@ -384,7 +385,7 @@ def _repeats_table(results: Row) -> list[str]:
                 told = [f"{e:.2g}" if isinstance(e, float) else e for e in (row["loss_error"], row["gradient_error"])]
                 equal = "yes" if row["equal"] else "**NO**"
                 rows.append([name, precision, str(row["runs"]), equal, *told, str(row["against"])])
-    return ["The resident kernel, repeated and against the oracle in float64:", "", *_markdown(head, rows)]
+    return ["The kernels, repeated and against the oracle in float64:", "", *_markdown(head, rows)]
 
 
 def _speed_table(results: Row) -> list[str]:

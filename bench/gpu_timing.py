@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fomaml_fused as ff
-from fomaml_fused.plans import Plan
+from fomaml_fused.plans import KERNEL_ENGINES, Plan
 from fomaml_fused.tasks import TaskBatch
 
 from . import jax_peer
@@ -82,7 +82,7 @@ class Scale:
     Attributes:
         repeats: runs that must be equal.  rounds: of timing, at most.  seconds: for the rounds of a job, about.
         warm_up: seconds untimed before each timed step.
-        precisions: of the resident kernel.
+        precisions: of the kernels.
     """
 
     dry_run: bool
@@ -158,12 +158,16 @@ def contenders(
         plan = plan_of(workload, kernel, context.scale.device)
         if kernel not in context.scale.precisions:
             absent[name] = "not in a dry run"
-        elif plan.engine != "resident":
+        elif plan.engine == "batched":
             absent[name] = plan.reason
         else:
-            build = _torch_step(partial(ours, backend="triton", precision=kernel))
             unit = "bf16" if kernel == "medium" else "tf32"
-            found.append(Contender(name, kernel, unit, build, first_call=5.0, capture=True))
+            # Beside what the planner chooses, the engines that it did not choose: were they faster, it is to learn.
+            rest = [n for n, p in plan.others if isinstance(p, Plan) and n in KERNEL_ENGINES and kernel == precision]
+            for engine in (None, *rest):
+                build = _torch_step(partial(ours, engine=engine, backend="triton", precision=kernel))
+                label = name if engine is None else f"{name}, {engine}"
+                found.append(Contender(label, kernel, unit, build, first_call=30.0, capture=True))
     unit = "fp32" if precision == "highest" else "tf32"
     of_torch = partial(Contender, precision=precision, unit=unit)
     found.append(of_torch("ours, torch", build=_torch_step(partial(ours, backend="torch")), capture=True))
@@ -267,7 +271,7 @@ def repeats(job: Job, context: Context) -> Row:
         plan = plan_of(workload, precision, device)
         if precision in job.avoid:
             row["failed"] = job.avoid[precision]
-        elif plan.engine != "resident":
+        elif plan.engine == "batched":
             row["skipped"] = plan.reason
         else:
             context.say(precision)

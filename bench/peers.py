@@ -19,13 +19,17 @@ Gradients = dict[str, Tensor]
 Step = Callable[[], tuple[Tensor, Gradients]]
 
 
-def ours(workload: Workload, model: nn.Module, batch: TaskBatch, **options: Any) -> Step:
-    """The package itself, through its module and autograd, as in a training loop; options: the module's other ones."""
+def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str | None = None, **options: Any) -> Step:
+    """The package itself, through its module and autograd, as in a training loop.
+
+    engine: in place of the planner's choice.  options: the module's other ones.
+    """
     meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, **options)
     parameters = dict(model.named_parameters())
 
     def step() -> tuple[Tensor, Gradients]:
-        loss = meta(*batch)
+        with ff.override(engine=engine):
+            loss = meta(*batch)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         return loss.detach(), dict(zip(parameters, gradients, strict=True))
 

@@ -16,7 +16,7 @@ from .kernel_costs import CHIP, Work, dual_work, resident_work
 from .kernels.configuration import Config, DualConfig, configuration
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
 from .kernels.spec import padded
-from .plans import Estimate, LayerPlan, Override, Plan
+from .plans import KERNEL_ENGINES, Estimate, LayerPlan, Override, Plan
 from .problem import Problem
 
 SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
@@ -31,7 +31,7 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
     operands = _operands(device, precision)
     if obstacle is not None or operands is None:
         why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
-        return dict.fromkeys(("resident", "dual", "layered"), why)
+        return dict.fromkeys(KERNEL_ENGINES, why)
     return {
         "resident": _callable(problem) or _resident(problem, sizes, told, device, operands),
         "dual": _callable(problem) or _dual("dual", problem, sizes, told, device, operands),
