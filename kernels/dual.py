@@ -8,7 +8,8 @@ all tasks share. The first layer that moves has the same X at every step, so for
 
 A program takes a block of samples of one task, or of a pack of tasks, whose products across tasks are masked. Either
 two launches do all, `inner_kernel` and `query_kernel`; or each does a layer, its features spread over programs:
-`forward_kernel`, `loss_kernel` and `backward_kernel`. Both are made of the same parts.
+`forward_kernel`, `loss_kernel` and `backward_kernel`. Both are made of the same parts. Layer by layer, a history that
+outgrows its layer can be folded into weights that each task has for itself; `step_kernel` moves those.
 """
 
 import triton
@@ -122,14 +123,19 @@ def query_kernel(
 @triton.jit(do_not_specialize=["T", "N", "S", "K", "k"])
 def forward_kernel(
     p_weight, p_bias, p_base, p_shrink, p_past, p_inputs, p_gradients, p_now, p_kept, T, N, S, K, k,
-    QUERY: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
+    QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Layer L of a block of samples with the weights after k steps; a part of its features.
 
     QUERY: whether the samples are a set's, [T, N, ...] in p_now; else they are the support set at step k, and p_now is
-    the history. Where p_now has no place behind the layer, its pre-activations go to p_kept, and no further.
+    the history. OWN: whether each task has weights of its own, [T, out, in]; then packs are of one. Where p_now has no
+    place behind the layer, its pre-activations go to p_kept, and no further.
     """
     i_p, i_b = _block(N, SPEC)
+    if OWN:
+        p_weight += tl.cast(i_p, tl.int64) * width(SPEC, L) * width(SPEC, L + 1)
+        if p_bias is not None:
+            p_bias += tl.cast(i_p, tl.int64) * width(SPEC, L + 1)
     here, begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _forward(
@@ -156,16 +162,66 @@ def loss_kernel(
 @triton.jit(do_not_specialize=["T", "N", "S", "K", "k"])
 def backward_kernel(
     p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit, p_inner, p_velocity,
-    T, N, S, K, k, QUERY: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
+    T, N, S, K, k, QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Layer L of a block of samples in reverse; a part of its input's features."""
     i_p, i_b = _block(N, SPEC)
+    if OWN:
+        p_weight += tl.cast(i_p, tl.int64) * width(SPEC, L) * width(SPEC, L + 1)
     here, begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _backward(
         p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit,
         p_inner, p_velocity, here, now, first, later, tl.program_id(1), tl.num_programs(1), k, K, L, SPEC,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S", "K", "k"])
+def step_kernel(
+    p_weight, p_bias, p_weight_velocity, p_bias_velocity, p_inner, p_x, p_d, S, K, k,
+    L: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Step k of a layer of which each task has its own weights [T, out, in] and bias [T, out], in place.
+
+    p_x, p_d: its X_j and D_j, [T, K, S, in] and [T, K, S, out].  The velocities are those of momentum, or None.
+    """
+    IN: tl.constexpr = width(SPEC, L)
+    OUT: tl.constexpr = width(SPEC, L + 1)
+    WIDE: tl.constexpr = features(SPEC, IN)
+    F: tl.constexpr = features(SPEC, OUT)
+    i_t = tl.program_id(0).to(tl.int64)
+    i_w = tl.program_id(1) % tl.cdiv(IN, WIDE)
+    o_in = i_w * WIDE + tl.arange(0, WIDE)
+    o_out = tl.program_id(1) // tl.cdiv(IN, WIDE) * F + tl.arange(0, F)
+    o_s = tl.arange(0, SPEC.support)
+    rows = (i_t * K + k) * S, o_s, o_s < S
+    b_d = load(p_d, rows, o_out, OUT)  # [F, S]
+    b_x = tl.trans(load(p_x, rows, o_in, IN))  # [S, WIDE]
+    rate = tl.load(p_inner + 2 + k * depth(SPEC) + L)
+    o_w = i_t * OUT * IN + o_out[:, None] * IN + o_in[None, :]
+    m_w = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
+    b_w = tl.load(p_weight + o_w, mask=m_w, other=0.0)
+    b_g = tl.zeros([F, WIDE], tl.float32)
+    if SPEC.momentum:
+        b_g = tl.load(p_inner) * tl.load(p_weight_velocity + o_w, mask=m_w, other=0.0)
+    if SPEC.decay:
+        b_g += tl.load(p_inner + 1) * b_w
+    b_g = dot(b_d, b_x, b_g, SPEC)
+    if SPEC.momentum:
+        tl.store(p_weight_velocity + o_w, b_g, mask=m_w)
+    tl.store(p_weight + o_w, b_w - rate * b_g, mask=m_w)
+    if p_bias is not None:
+        if i_w == 0:
+            o_b = i_t * OUT + o_out
+            b_b = tl.load(p_bias + o_b, mask=o_out < OUT, other=0.0)
+            b_g = tl.sum(b_d, 1)
+            if SPEC.momentum:
+                b_g += tl.load(p_inner) * tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
+            if SPEC.decay:
+                b_g += tl.load(p_inner + 1) * b_b
+            if SPEC.momentum:
+                tl.store(p_bias_velocity + o_b, b_g, mask=o_out < OUT)
+            tl.store(p_bias + o_b, b_b - rate * b_g, mask=o_out < OUT)
 
 
 @triton.jit
