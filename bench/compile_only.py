@@ -65,6 +65,11 @@ class Launch:
         """The value of a compile-time argument; None where the kernel has none of that name."""
         return {self.source.fn.arg_names[path[0]]: value for path, value in self.source.constants.items()}.get(name)
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether a pointer is None; not where the kernel has none of that name."""
+        left_out: bool = self.source.signature.get(name) == "constexpr"
+        return left_out
+
     def compile(self) -> Any:
         """Triton's compiled kernel."""
         return triton.compile(self.source, target=self.target, options=self.options)

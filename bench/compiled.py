@@ -44,6 +44,7 @@ class Case:
 
     Attributes:
         precision: of products.
+        predicts: whether `predict` is compiled too, or the meta-step alone.
         options: of `FOMAML`, further ones.
         targets: devices that the engine takes it on; all that have the precision, unless they have too little memory.
     """
@@ -51,6 +52,7 @@ class Case:
     workload: Workload
     engine: str
     precision: str
+    predicts: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     targets: tuple[str, ...] = tuple(DEVICES)
 
@@ -61,7 +63,10 @@ class Case:
         return ff.FOMAML(w.model(), backend="triton", precision=self.precision, **options)
 
     def name(self, launch: Launch) -> str:
-        """As "sine meta_kernel tf32"; of a layer's kernel, "layered forward_kernel 1 query tf32"."""
+        """As "sine meta_kernel tf32"; of a layer's kernel, "layered forward_kernel 1 query tf32".
+
+        The query pass of the dual form in two launches is "omniglot query_kernel forward tf32" and "... backward tf32".
+        """
         spec, layer, query = (launch.constant(name) for name in ("SPEC", "L", "QUERY"))
         words = [self.workload.name, launch.kernel]
         if layer is not None:
@@ -69,6 +74,8 @@ class Case:
         if query is not None:
             moves = layer is None or spec.adapts[layer]
             words.append("shared" if not moves else "query" if query else "inner")
+        if launch.kernel == "query_kernel" and launch.leaves_out("p_y"):
+            words.append("forward" if launch.leaves_out("p_cotangent") else "backward")
         return " ".join(words if spec is None else [*words, self.precision])
 
 
@@ -80,14 +87,14 @@ def _cases() -> list[Case]:
     # The workload "wide" without one of its two layers that are alike.
     layered = replace(WORKLOADS["wide"], name="layered", widths=(512, 1024, 1024, 10))
     return [
-        *(Case(sine, "resident", precision) for precision in precisions),
+        *(Case(sine, "resident", precision, predicts=True) for precision in precisions),
         *(Case(classifier, "resident", precision) for precision in precisions[:3]),
-        Case(momentum, "resident", "tf32", {"momentum": 0.9, "weight_decay": 0.01}),
+        Case(momentum, "resident", "tf32", options={"momentum": 0.9, "weight_decay": 0.01}),
         Case(replace(sine, name="walked", shots=100, queries=100), "resident", "tf32"),
         Case(replace(sine, name="half"), "resident", "fp16"),
         Case(replace(sine, name="wide", widths=(1, 128, 128, 1)), "resident", "bf16", targets=("sm_90", "sm_100")),
-        *(Case(omniglot, "dual", precision) for precision in precisions),
-        *(Case(crowd, "dual", precision) for precision in precisions[:3]),
+        *(Case(omniglot, "dual", precision, predicts=True) for precision in precisions),
+        *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
         *(Case(layered, "layered", precision) for precision in precisions[:3]),
     ]
 
@@ -101,7 +108,8 @@ def launches(case: Case, target: str) -> dict[str, Launch]:
     meta, batch = case.meta(), case.workload.batch()
     with recorded(target) as found, ff.override(engine=case.engine):
         meta(*batch).backward()
-        meta.predict(*batch[:3]).sum().backward()
+        if case.predicts:
+            meta.predict(*batch[:3]).sum().backward()
     names = [case.name(launch) for launch in found]
     return {name: found[names.index(name)] for name in names}
 

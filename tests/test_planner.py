@@ -272,7 +272,7 @@ def test_what_is_said_of_shared_memory_covers_what_was_compiled() -> None:
                 assert need.registers <= REGISTERS
                 assert row["shared"] <= need.shared, row
                 checked += 1
-    assert checked > 100
+    assert checked > 60
 
 
 def test_memory_does_not_grow_with_tasks() -> None:
