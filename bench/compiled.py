@@ -1,4 +1,4 @@
-"""What compilers make of every shipped kernel configuration, for GPUs that need not be there: a table of resources.
+"""What compilers make of the kernels that public calls launch, for GPUs that need not be there: a table of resources.
 
 python -m bench.compiled [--targets sm_80,sm_90] [--only 'sine meta_kernel'] [--save bench/results/compiled.json]
 """
@@ -12,173 +12,136 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import triton
-from fomaml_fused.kernels import outer, resident
-from fomaml_fused.kernels.configuration import Config, configuration
-from fomaml_fused.kernels.resources import REGISTERS, weight_tiles
-from torch import nn
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import fomaml_fused as ff
 from fomaml_fused.engines import launching
-from fomaml_fused.engines import resident as launcher
-from fomaml_fused.problem import Problem
 from fomaml_fused.text import table
 from fomaml_fused.train.files import save_json
 
+from .compile_only import DEVICES, Launch, recorded
+from .workloads import WORKLOADS, Workload
+
 Row = dict[str, Any]
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Bytes that a program may have; no compiler checks it, only a launch would.
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MOST_INSTRUCTIONS = 1.10  # times those of the stored table
 
 # Operands of products by backend; the first is full precision: what matrix units make of float32 where they take it.
 PRECISIONS = {"cuda": ("tf32x3", "tf32", "bf16", "fp16"), "hip": ("ieee", "bf16", "fp16")}
 
-# Every kernel, with the pointers that are None in the launch that is compiled here.
-KERNELS = {
-    "meta_kernel": ("p_r", "p_query_r", "p_share", "p_out", "p_dx"),
-    "adapt_kernel": ("p_r",),
-    "query_kernel": (),
-    "query_backward_kernel": ("p_dx",),
-    "reduce_kernel": ("p_share",),
-}
-
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as one problem launches it; `str` names it in the table.
+    """A workload on an engine of kernels.
 
     Attributes:
-        kernel: one of `KERNELS`.
-        precision: of products; None for the reduction, which has none.
+        precision: of products.
+        predicts: whether `predict` is compiled too, or the meta-step alone.
+        options: of `FOMAML`, further ones.
+        targets: devices that the engine takes it on; all that have the precision, unless they have too little memory.
     """
 
-    name: str
-    problem: Problem
-    shots: int
-    queries: int
-    kernel: str
-    precision: str | None
+    workload: Workload
+    engine: str
+    precision: str
+    predicts: bool = False
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    targets: tuple[str, ...] = tuple(DEVICES)
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.name, self.kernel, self.precision)))
+    def meta(self) -> ff.FOMAML:
+        """The workload's network, to be called."""
+        w = self.workload
+        options = {"lr": w.lr, "steps": w.steps, "loss": w.loss, **self.options}
+        return ff.FOMAML(w.model(), backend="triton", precision=self.precision, **options)
 
-    def config(self, target: GPUTarget) -> Config:
-        """Warps and tiles, as the planner takes them."""
-        largest = max(weight_tiles(self.problem.network.widths))
-        config = configuration(f"{target.backend}-{target.arch}", "resident", largest)
-        assert config is not None, f"no configuration takes {self.problem}"
-        return config
+    def name(self, launch: Launch) -> str:
+        """As "sine meta_kernel tf32"; of a layer's kernel, "layered forward_kernel 1 query tf32".
 
-    def constants(self, target: GPUTarget) -> dict[str, Any]:
-        """The compile-time arguments of the kernel."""
-        unasked = dict.fromkeys(KERNELS[self.kernel])
-        if self.precision is None:
-            return {**unasked, **launching.REDUCTION}
-        config = self.config(target)
-        return {**unasked, "SPEC": launcher.spec_of(self.problem, self.shots, self.queries, self.precision, config)}
-
-    def source(self, target: GPUTarget) -> ASTSource:
-        """What a launch hands to the compiler: the kernel and, of each argument, its type or its value."""
-        kernel = getattr(outer if self.precision is None else resident, self.kernel)
-        constants = self.constants(target)
-        signature = {name: "constexpr" if name in constants else self._type(name) for name in kernel.arg_names}
-        # torch allocates at multiples of 16 bytes; what AMD's compiler is told beside that holds below 2 GB.
-        facts = [["tt.divisibility", 16]] + ([["tt.pointer_range", 32]] if target.backend == "hip" else [])
-        attributes = {path: facts for path, kind in _paths(signature) if kind.startswith("*")}
-        return ASTSource(kernel, signature, constants, attributes)
-
-    def options(self, target: GPUTarget) -> dict[str, Any]:
-        """The options that the engine launches with."""
-        if self.precision is None:
-            return launching.REDUCTION_OPTIONS
-        options: dict[str, Any] = {"num_warps": self.config(target).warps, "num_stages": 1, "enable_fp_fusion": True}
-        return options | ({"maxnreg": REGISTERS} if target.backend == "cuda" else {})
-
-    def _type(self, name: str) -> Any:
-        """The type of an argument that stays one at run time; pointers are those named p_..."""
-        if name in ("p_weights", "p_biases"):
-            return ("*fp32",) * self.problem.network.depth
-        if name in ("p_y", "p_query_y") and self.problem.loss.takes_classes:
-            return "*i64"
-        if name.startswith("p_"):
-            return "*fp32"
-        return "fp32" if name == "share" else "i32"
-
-
-def _paths(signature: dict[str, Any]) -> list[tuple[tuple[int, ...], str]]:
-    """Each argument's position, (i,) or within a tuple (i, j), and its type."""
-    found: list[tuple[tuple[int, ...], str]] = []
-    for i, kind in enumerate(signature.values()):
-        found += [((i, j), inner) for j, inner in enumerate(kind)] if isinstance(kind, tuple) else [((i,), kind)]
-    return found
-
-
-def _mlp(*widths: int, **options: Any) -> Problem:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after, device="meta"), nn.ReLU()]
-    return ff.FOMAML(nn.Sequential(*layers[:-1]), **options).problem
+        The query pass of the dual form in two launches is "omniglot query_kernel forward tf32" and "... backward tf32".
+        """
+        spec, layer, query = (launch.constant(name) for name in ("SPEC", "L", "QUERY"))
+        words = [self.workload.name, launch.kernel]
+        if layer is not None:
+            words.append(str(layer))
+        if query is not None:
+            moves = layer is None or spec.adapts[layer]
+            words.append("shared" if not moves else "query" if query else "inner")
+        if launch.kernel == "query_kernel" and launch.leaves_out("p_y"):
+            words.append("forward" if launch.leaves_out("p_cotangent") else "backward")
+        return " ".join(words if spec is None else [*words, self.precision])
 
 
 def _cases() -> list[Case]:
-    sine, classifier = _mlp(1, 40, 40, 1), _mlp(16, 32, 5, loss="cross_entropy")
-    momentum = _mlp(1, 40, 40, 1, steps=5, momentum=0.9, weight_decay=0.01)
-    products = [kernel for kernel in KERNELS if kernel != "reduce_kernel"]
+    sine, omniglot, crowd = WORKLOADS["sine"], WORKLOADS["omniglot"], WORKLOADS["crowd"]
+    precisions = ("tf32x3", "ieee", "tf32", "bf16")
+    classifier = Workload("small classifier", (16, 32, 5), "relu", 25, 5, 5, 1, "cross_entropy")
+    momentum = replace(WORKLOADS["sine K=5"], name="momentum")
+    # The workload "wide" without one of its two layers that are alike.
+    layered = replace(WORKLOADS["wide"], name="layered", widths=(512, 1024, 1024, 10))
     return [
-        *(Case("sine", sine, 10, 10, kernel, p) for p in ("tf32x3", "ieee", "tf32", "bf16") for kernel in products),
-        Case("sine", sine, 10, 10, "reduce_kernel", None),
-        *(Case("small classifier", classifier, 5, 5, "meta_kernel", p) for p in ("tf32x3", "ieee", "tf32")),
-        Case("momentum", momentum, 10, 10, "meta_kernel", "tf32"),
-        Case("walked", sine, 100, 100, "meta_kernel", "tf32"),
-        Case("half", sine, 10, 10, "meta_kernel", "fp16"),
-        Case("wide", _mlp(1, 128, 128, 1), 10, 10, "meta_kernel", "bf16"),
+        *(Case(sine, "resident", precision, predicts=True) for precision in precisions),
+        *(Case(classifier, "resident", precision) for precision in precisions[:3]),
+        Case(momentum, "resident", "tf32", options={"momentum": 0.9, "weight_decay": 0.01}),
+        Case(replace(sine, name="walked", shots=100, queries=100), "resident", "tf32"),
+        Case(replace(sine, name="half"), "resident", "fp16"),
+        Case(replace(sine, name="wide", widths=(1, 128, 128, 1)), "resident", "bf16", targets=("sm_90", "sm_100")),
+        *(Case(omniglot, "dual", precision, predicts=True) for precision in precisions),
+        *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
+        *(Case(layered, "layered", precision) for precision in precisions[:3]),
     ]
 
 
 CASES = _cases()
 
 
-def jobs(targets: list[str], only: str = "") -> list[tuple[Case, str]]:
-    """The cases of each target whose name, as in "sine meta_kernel tf32 sm_90", the pattern `only` is found in."""
-    return [
-        (case, target)
-        for case in CASES
-        for target in targets
-        if case.precision in (None, *PRECISIONS[TARGETS[target].backend]) and re.search(only, f"{case} {target}")
-    ]
+@cache
+def launches(case: Case, target: str) -> dict[str, Launch]:
+    """What the public calls launch, by name; of a name that comes again, with arguments left out, the first."""
+    meta, batch = case.meta(), case.workload.batch()
+    with recorded(target) as found, ff.override(engine=case.engine):
+        meta(*batch).backward()
+        if case.predicts:
+            meta.predict(*batch[:3]).sum().backward()
+    names = [case.name(launch) for launch in found]
+    return {name: found[names.index(name)] for name in names}
 
 
-def measure(job: tuple[Case, str]) -> Row:
-    """Compile a case for a target: a row of the table, with an "error" in place of figures where that fails."""
-    case, name = job
-    target, row = TARGETS[name], {"case": str(case), "target": name}
+def jobs(targets: Iterable[str] = tuple(DEVICES), only: str = "") -> list[tuple[Case, str, str]]:
+    """Case, target and name of each launch to compile; `only` is a pattern in names as "sine meta_kernel tf32 sm_90".
+
+    What an earlier case's launch is compiled for already is left out.
+    """
+    found: dict[Any, tuple[Case, str, str]] = {}
+    for case in CASES:
+        for target in targets:
+            if target in case.targets and case.precision in PRECISIONS[DEVICES[target].target.backend]:
+                for name, launch in launches(case, target).items():
+                    found.setdefault(launch.key, (case, target, name))
+    return [job for job in found.values() if re.search(only, f"{job[2]} {job[1]}")]
+
+
+def measure(job: tuple[Case, str, str]) -> Row:
+    """Compile a launch: a row of the table, with an "error" in place of figures where that fails."""
+    case, target, name = job
+    row: Row = {"case": name, "target": target}
     with tempfile.TemporaryFile("w+") as said:
         try:
             with _stderr_to(said):
-                kernel = triton.compile(case.source(target), target=target, options=case.options(target))
+                kernel = launches(case, target)[name].compile()
         except Exception as error:  # whatever stops the compiler is what there is to report
             said.seek(0)
             reasons = [line.split("error: ")[1].strip() for line in said if "error: " in line]
             message = [type(error).__name__, *str(error).strip().splitlines()[-1:], *reasons[:1]]
             return row | {"error": ": ".join(message)}
-    found = _of_cubin(kernel.asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(kernel.asm["amdgcn"])
+    found = _of_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _of_amdgcn(kernel.asm["amdgcn"])
     return row | {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared} | found
 
 
@@ -231,7 +194,7 @@ def violations(rows: list[Row], stored: list[Row]) -> list[str]:
     """What is wrong with freshly compiled rows, by themselves or beside the stored table; empty where nothing is."""
     found, known = [], {(row["case"], row["target"]): row for row in stored}
     for row in rows:
-        name, limit = f"{row['case']} on {row['target']}", SHARED_MEMORY[row["target"]]
+        name, limit = f"{row['case']} on {row['target']}", DEVICES[row["target"]].shared_memory
         before = known.get((row["case"], row["target"]))
         if before is None:
             found.append(f"{name} is not in the stored table")
@@ -275,13 +238,13 @@ def _compile_into(folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--targets", default=",".join(DEVICES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--only", default="", help="a pattern in names such as 'sine meta_kernel tf32 sm_90'")
     parser.add_argument("--save", type=Path, help="keep the table as JSON")
     options = parser.parse_args()
     targets = options.targets.split(",")
-    if not set(targets) <= set(TARGETS):
-        parser.error(f"--targets is {options.targets}; it takes {', '.join(TARGETS)}")
+    if not set(targets) <= set(DEVICES):
+        parser.error(f"--targets is {options.targets}; it takes {', '.join(DEVICES)}")
     if launching.interpreted():
         parser.error("TRITON_INTERPRET is set, so kernels are interpreted; unset it to compile them")
     # A cache of its own, for what an earlier run left in the usual one says nothing of this compiler. Two processes,

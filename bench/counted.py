@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,41 @@ import triton
 import fomaml_fused as ff
 from fomaml_fused.train.files import save_json
 
-from .peers import ours
+from .compile_only import forget_device
+from .compiled import Case
 from .workloads import WORKLOADS
 
-COUNTED = ("sine", "sine K=5")
 ARCHITECTURES = (80, 90)
-PRECISIONS = ("tf32", "tf32x3", "bf16")
+CASES = (
+    *(Case(WORKLOADS[name], "resident", p) for name in ("sine", "sine K=5") for p in ("tf32", "tf32x3", "bf16")),
+    *(Case(WORKLOADS[name], "dual", p) for name in ("omniglot", "crowd") for p in ("tf32", "tf32x3")),
+)
 COLUMNS = ("instructions", "matrix", "barriers", "wavefronts", "sectors")
 
 
-def count(architecture: int, emulator: Any) -> list[dict[str, Any]]:
-    """A row for each workload, precision and kernel: what one program executes."""
-    emulator.activate(arch=architecture, memory_stats=True)
-    ff.planner.forget_plans()
+def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
+    """A row for each case and launch of a meta-step: what one program executes.
+
+    Tasks fill two programs, which are laid out as for all tasks of the workload. Where a kernel is launched again, the
+    row's name of it has a number.
+    """
+    # Programs run one by one: side by side, those that take different branches confuse the emulator.
+    emulator.activate(arch=architecture, memory_stats=True, cta_batch=1)
+    forget_device()
     rows = []
-    for name in COUNTED:
-        workload = replace(WORKLOADS[name], tasks=2)
-        for precision in PRECISIONS:
-            step = ours(workload, workload.model(), workload.batch(), backend="triton", precision=precision)
-            with emulator.record() as launches:
-                step()
-            for launch in launches:
-                rows.append({"workload": name, "precision": precision, "target": f"sm_{architecture}", **_row(launch)})
+    for case in cases:
+        workload, meta = case.workload, case.meta()
+        with ff.override(engine=case.engine):
+            config = meta.plan(workload.tasks, workload.shots, workload.queries).config
+        batch = workload.batch(tasks=2 * getattr(config, "tasks", 1))
+        with ff.override(engine=case.engine, config=config), emulator.record() as launches:
+            meta(*batch).backward()
+        about = {"workload": workload.name, "precision": case.precision, "target": f"sm_{architecture}"}
+        names = [launch.name for launch in launches]
+        for i, launch in enumerate(launches):
+            times = names[: i + 1].count(launch.name)
+            kernel = launch.name if times == 1 else f"{launch.name} {times}"
+            rows.append({**about, "kernel": kernel, **_row(launch)})
     return rows
 
 
@@ -48,7 +61,6 @@ def _row(launch: Any) -> dict[str, Any]:
     profile = launch.profile
     programs = profile.ctas
     return {
-        "kernel": launch.name,
         "warps": launch.num_warps,
         # Of a warp; the others of a program, all its warps together.
         "instructions": round(profile.instructions / programs / launch.num_warps),
@@ -59,14 +71,14 @@ def _row(launch: Any) -> dict[str, Any]:
     }
 
 
-def render(stored: dict[str, Any]) -> str:
-    """The Markdown table of the meta-step's kernel."""
+def render(stored: dict[str, Any], kernel: str = "meta_kernel") -> str:
+    """The Markdown table of a kernel."""
     lines = [
         f"| workload | target | precision | {' | '.join(COLUMNS)} |",
         "|---" * (3 + len(COLUMNS)) + "|",
     ]
     for row in stored["rows"]:
-        if row["kernel"] == "meta_kernel":
+        if row["kernel"] == kernel:
             cells = [f"{row[column]:,}" for column in COLUMNS]
             lines.append(f"| {row['workload']} | {row['target']} | {row['precision']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -81,7 +93,8 @@ def main() -> None:
     stored = {"triton": triton.__version__, "rows": rows}
     if options.save:
         save_json(options.save, stored)
-    print(render(stored))
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        print(f"{kernel}\n{render(stored, kernel)}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What the public calls launch on GPUs that are not there, as JSON; for one of them it is compiled, too.
+
+python -m tests.launched    # in a process that does not interpret kernels
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+import fomaml_fused as ff
+from bench.compile_only import DEVICES, Launch, recorded
+
+COMPILED = "sm_90"  # what the kernels do wrong, they do wrong on every device
+
+
+def call(engine: str, everything: bool) -> None:
+    """Every public call that launches a kernel, with all that a caller may leave out, or with none of it.
+
+    Sizes are 1 in one, multiples of 16 in the other: numbers that Triton, if it may, compiles for.
+    """
+    tasks, shots, queries = (32, 16, 32) if everything else (1, 1, 1)
+    x, q = torch.randn(tasks, shots, 16), torch.randn(tasks, queries, 16)
+    y, t = torch.randn(tasks, shots, 16), torch.randn(tasks, queries, 16)
+    model = nn.Sequential(nn.Linear(16, 16, bias=not everything), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 16))
+    options: dict[str, Any] = {}
+    support_weight, weights = None, {}
+    if everything:
+        options = {"loss": "cross_entropy", "steps": 2, "momentum": 0.9, "weight_decay": 0.01, "adapt": [1, 2]}
+        q.requires_grad_()
+        y, t = torch.randint(16, (tasks, shots)), torch.randint(16, (tasks, queries))
+        support_weight = torch.rand(tasks, shots)
+        weights = {"query_weight": torch.rand(tasks, queries), "task_weight": torch.rand(tasks)}
+    meta = ff.FOMAML(model, backend="triton", precision="tf32", **options)
+    with ff.override(engine=engine):
+        meta.adapt(x, y, support_weight=support_weight)(q)
+        with torch.no_grad():
+            meta(x, y, q, t)
+        # A layer may need no gradient, nor, behind a backbone, any of them.
+        for frozen in (model[:1], model) if everything else (model[:0],):
+            frozen.requires_grad_(False)
+            meta(x, y, q, t, support_weight=support_weight, **weights).backward()
+            meta.predict(x, y, q, support_weight=support_weight).sum().backward()
+
+
+def described(launch: Launch) -> dict[str, Any]:
+    """The kernel, the type of each argument and what is known of its value; of a tuple's, by element."""
+    source = launch.source
+    types: dict[str, str] = {}
+    for name, kind in source.signature.items():
+        types |= {f"{name}[{i}]": k for i, k in enumerate(kind)} if isinstance(kind, tuple) else {name: kind}
+
+    def argument(path: tuple[int, ...]) -> str:
+        return "".join([source.fn.arg_names[path[0]], *(f"[{i}]" for i in path[1:])])
+
+    facts = {argument(path): facts for path, facts in source.attrs.items() if facts}
+    module = source.fn.__module__.rpartition(".")[2]
+    return {"kernel": f"{module}.{launch.kernel}", "types": types, "facts": facts}
+
+
+def main() -> None:
+    launched = {}
+    for target in DEVICES:
+        with recorded(target) as launches:
+            for engine in ("resident", "dual", "layered"):
+                call(engine, everything=False)
+                call(engine, everything=True)
+        different = {launch.key: launch for launch in launches}.values()
+        launched[target] = [described(launch) for launch in different]
+        if target == COMPILED:
+            for launch in different:
+                launch.compile()
+    print(json.dumps(launched))
+
+
+if __name__ == "__main__":
+    main()
