@@ -6,12 +6,13 @@ Asks Triton of the device, so it is imported only where Triton is.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from .batch import Sizes
-from .engines import dual, launching, resident
+from .engines import dual, fold_step, launching, resident
 from .kernel_costs import CHIP, Work, dual_work, resident_work
 from .kernels.configuration import Config, DualConfig, configuration
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
@@ -22,11 +23,12 @@ from .problem import Problem
 SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
 # Samples of a pack's history, one tile too; all layers in one kernel leave less room for it.
 HISTORY = {"dual": 64, "layered": 128}
+FOLD = 64  # samples of history that are always cheaper than weights of a task's own
 
 
 def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str) -> dict[str, Plan | str]:
     """The plan of each engine that launches kernels, or why it does not take the problem."""
-    obstacle = _obstacle(problem, sizes, told)
+    obstacle = _obstacle(problem, sizes)
     device = launching.device_name(sizes.device)
     operands = _operands(device, precision)
     if obstacle is not None or operands is None:
@@ -44,10 +46,8 @@ def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable
     return problem.network.widths, precision, sizes.shots, sizes.queries
 
 
-def _obstacle(problem: Problem, sizes: Sizes, told: Override) -> str | None:
+def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
     """Why no kernel takes a problem, whatever its size."""
-    if told.forms is not None:
-        return "the overriding forms are those of batched torch ops"
     if sizes.dtype == torch.float64:
         return "kernels compute in float32, the model is float64"
     if max(sizes.shots, sizes.queries) * max(problem.network.widths) >= 2**31:
@@ -74,6 +74,8 @@ def _operands(device: str, precision: str) -> str | None:
 
 
 def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    if told.forms is not None:
+        return "the overriding forms are not its own"
     network = problem.network
     largest = max(weight_tiles(network.widths), default=0)
     config = told.config if type(told.config) is Config else None
@@ -107,10 +109,18 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     config = told.config if isinstance(told.config, DualConfig) else dual_config(problem, sizes)
     if config.tasks * sizes.shots > SUPPORT:
         return f"the {config.tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
-    samples = config.tasks * inner.steps * sizes.shots
-    if first < depth - 1 and samples > HISTORY[engine]:
+    forms = _forms(engine, problem, sizes, told)
+    wrong = {form for form in forms[first:] if form == "primal" or (fold_step(form) and engine == "dual")}
+    if wrong or (first < depth and fold_step(forms[first])):
+        return f"the forms {forms} are not its own"
+    folds = any(fold_step(form) for form in forms)
+    if folds and config.tasks > 1:
+        config = replace(config, tasks=1)
+    pending = [fold_step(form) or inner.steps for form in forms[first + 1 :]]
+    samples = config.tasks * sizes.shots * max(pending, default=0)
+    if samples > HISTORY[engine]:
         return f"the {samples} samples of a program's history are more than a tile of {HISTORY[engine]}"
-    spec = dual.spec_of(problem, sizes.shots, precision, config)
+    spec = dual.spec_of(problem, sizes.shots, precision, config, forms)
     need = dual_need(spec, config)
     obstacle = _unfit(need, sizes)
     if obstacle is not None:
@@ -118,10 +128,14 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     # Numbers of a task: its history; inputs, pre-activations and gradients of a step and of the query pass.
     history = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
     history += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
+    history += sum(
+        (1 + spec.momentum) * layer.parameters
+        for layer, form in zip(problem.network.layers, forms, strict=True)
+        if fold_step(form)
+    )
     passing = (sizes.shots + 3 * sizes.queries) * sum(widths)
     pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
     how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
-    forms = tuple("dual" if i >= first and inner.adapt[i] else "shared" for i in range(depth))
     return _plan(
         engine,
         forms,
@@ -135,6 +149,23 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         held=4.0 * (history + passing),
         reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
     )
+
+
+def _forms(engine: str, problem: Problem, sizes: Sizes, told: Override) -> tuple[str, ...]:
+    """The form of each layer; layer by layer, one whose history outgrows it or its tile folds before it does."""
+    inner = problem.inner
+    forms = []
+    for i, layer in enumerate(problem.network.layers):
+        form = "dual" if told.forms is None else told.forms[i]
+        if i < inner.first_adapted or not inner.adapt[i]:
+            form = "shared"
+        elif engine == "layered" and told.forms is None and i > inner.first_adapted:
+            # Correcting a sample costs more than a product with weights does from this rank on.
+            width = 2 * layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
+            step = min(max(width, FOLD) // max(sizes.shots, 1) + 1, HISTORY["layered"] // max(sizes.shots, 1))
+            form = f"dual:{step}" if 1 <= step < inner.steps else "dual"
+        forms.append(form)
+    return tuple(forms)
 
 
 def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import torch
@@ -20,7 +20,7 @@ from ..kernels.activations import keeps_output
 from ..kernels.configuration import DualConfig
 from ..kernels.spec import DualSpec, features, outer_tiles, padded
 from ..problem import Loss, Problem
-from . import FlatParameters, Gradients, Planned
+from . import FlatParameters, Gradients, Planned, fold_step
 from .coefficients import coefficients
 from .launching import compiled_for, inner_numbers, multiprocessors, new, on_device, options, pointers, reduce, split
 from .launching import tensors as contiguous
@@ -30,18 +30,30 @@ Layers = list[Tensor | None]  # something of each layer
 
 
 @lru_cache(maxsize=1024)
-def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig) -> DualSpec:
+def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig, forms: tuple[str, ...]) -> DualSpec:
     """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
     support = padded(max(2, config.tasks * shots))
+    # A layer's history ends where it folds; the first layer that moves has another one.
+    pending = [fold_step(form) or problem.inner.steps for form in forms[problem.inner.first_adapted + 1 :]]
     return DualSpec(
         **compiled_for(problem, precision),
         samples=support,
         tasks=config.tasks,
         support=support,
-        history=padded(max(2, config.tasks * problem.inner.steps * shots)),
+        history=padded(max(2, config.tasks * max(pending, default=1) * shots)),
         features=config.features,
         contracted=config.contracted,
     )
+
+
+@dataclass
+class Own:
+    """A folded layer: each task's weight [T, out, in] and bias [T, out], and with momentum their velocities."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_velocity: Tensor | None = None
+    bias_velocity: Tensor | None = None
 
 
 @dataclass
@@ -53,6 +65,7 @@ class Adapted:
         inputs, gradients: the history. Of the first layer that moves, its input on the support set [T, S, in], and H
             [T, S, out]; of those behind it, X_j [T, K, S, in] and D_j [T, K, S, out].
         shots, steps: at least 1, for kernels divide by them.
+        own: by layer, the weights and velocities of each task, once the layer is folded.
     """
 
     plan: Planned
@@ -63,6 +76,7 @@ class Adapted:
     gradients: Layers
     shots: int
     steps: int
+    own: dict[int, Own] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -135,7 +149,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
     assert isinstance(plan.config, DualConfig)
     problem, device, (tasks, shots, _) = plan.problem, support.x.device, support.x.shape
     steps, depth, widths = problem.inner.steps, problem.network.depth, problem.network.widths
-    spec = spec_of(problem, shots, plan.precision, plan.config)
+    spec = spec_of(problem, shots, plan.precision, plan.config, plan.forms)
     inputs: Layers = [None] * depth
     gradients: Layers = [None] * depth
     adapted = Adapted(plan, spec, *pointers(parameters), inputs, gradients, max(shots, 1), max(steps, 1))
@@ -189,17 +203,42 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
     layers: list[tuple[Tensor, Tensor | None]] = []
     for i, (weight, bias) in enumerate(zip(adapted.weights, adapted.biases, strict=True)):
         assert weight is not None
-        weight, bias = weight.float(), None if bias is None else bias.float()
         x, d = adapted.inputs[i], adapted.gradients[i]
-        if x is None or d is None or not inner.adapt[i]:
-            layers.append((weight.expand(count, -1, -1), None if bias is None else bias.expand(count, -1)))
-            continue
-        numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
-        d = d[tasks] if i == adapted.first else d[tasks] * d.new_tensor(numbers.history[-1])[:, None, None]
-        d, s = d.flatten(1, -2), numbers.shared[-1]
-        fast = torch.baddbmm(weight, d.mT, x[tasks].float().flatten(1, -2), beta=s, alpha=-1.0)
-        layers.append((fast, None if bias is None else s * bias - d.sum(1)))
+        if (own := adapted.own.get(i)) is not None:
+            layers.append((own.weight[tasks], None if own.bias is None else own.bias[tasks]))
+        elif x is None or d is None or not inner.adapt[i]:
+            fast = weight.float().expand(count, -1, -1)
+            layers.append((fast, None if bias is None else bias.float().expand(count, -1)))
+        else:
+            numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
+            past = (1.0,) if i == adapted.first else numbers.history[-1]
+            layers.append(_sum(adapted, i, tasks, numbers.shared[-1], [-c for c in past]))
     return layers
+
+
+def _sum(adapted: Adapted, i: int, tasks: slice, shared: float, past: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    """Shared * W_0 + sum_j past[j] * D_j.T @ X_j of layer i, [t, out, in], and the same of its bias, [t, out]."""
+    weight, bias, x, d = adapted.weights[i], adapted.biases[i], adapted.inputs[i], adapted.gradients[i]
+    assert weight is not None
+    assert x is not None
+    assert d is not None
+    x, d = (t[tasks].float().flatten(1, -2).unflatten(1, (-1, adapted.shots))[:, : len(past)] for t in (x, d))
+    d = (d * d.new_tensor(past)[:, None, None]).flatten(1, 2)
+    found = torch.baddbmm(weight.float(), d.mT, x.flatten(1, 2), beta=shared)
+    return found, None if bias is None else shared * bias.float() + d.sum(1)
+
+
+def _fold(adapted: Adapted, k: int) -> None:
+    """Give each task weights of its own in the layers that fold at step k."""
+    inner = adapted.plan.problem.inner
+    for i, form in enumerate(adapted.plan.forms):
+        if fold_step(form) == k:
+            numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
+            own = Own(*_sum(adapted, i, slice(None), numbers.shared[k], [-c for c in numbers.history[k]]))
+            if adapted.spec.momentum and k < inner.steps:
+                past = numbers.velocity_history[k]
+                own.weight_velocity, own.bias_velocity = _sum(adapted, i, slice(None), numbers.velocity_shared[k], past)
+            adapted.own[i] = own
 
 
 def _samples(adapted: Adapted, x: Tensor, spec: DualSpec, *, query: bool) -> Samples:
@@ -252,7 +291,7 @@ def _forward_shared_layer(adapted: Adapted, samples: Samples, i: int, inputs: La
     rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i + 1])
     dual.forward_kernel[_programs(spec, 1, rows), tiles](
         adapted.weights[i], adapted.biases[i], None, None, None, None, None, tuple(inputs), tuple(kept),
-        1, rows, 1, 1, 0, True, i, spec, **_options(adapted.plan),
+        1, rows, 1, 1, 0, True, False, i, spec, **_options(adapted.plan),
     )  # fmt: skip
 
 
@@ -263,12 +302,16 @@ def _steps(
     problem = adapted.plan.problem
     loss = _task_loss(problem, problem.loss, y, weight) if problem.loss.name == "callable" else None
     for k in range(problem.inner.steps):
+        _fold(adapted, k)
         for i in range(adapted.first, adapted.depth):
             _forward_layer(adapted, samples, i, k, query=False)
         cotangent = None if loss is None else loss.gradient(samples.outputs, 1.0).contiguous()
         _loss(adapted, samples, k, y=y, counts=counts, cotangent=cotangent, velocity=velocity, query=False)
         for i in range(adapted.depth - 1, adapted.first, -1):
             _backward_layer(adapted, samples, i, k, velocity=velocity, query=False)
+        for i, own in adapted.own.items():
+            _step_layer(adapted, i, own, k)
+    _fold(adapted, problem.inner.steps)
 
 
 def _query(
@@ -307,7 +350,7 @@ def _query(
         rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i])
         dual.backward_kernel[_programs(spec, 1, rows), tiles](
             adapted.weights[i], None, None, None, None, tuple(samples.inputs), tuple(samples.gradients),
-            tuple(samples.kept), samples.dx, samples.unit, None, None, 1, rows, 1, 1, 0, True, i, spec,
+            tuple(samples.kept), samples.dx, samples.unit, None, None, 1, rows, 1, 1, 0, True, False, i, spec,
             **_options(plan),
         )  # fmt: skip
 
@@ -316,10 +359,11 @@ def _forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query:
     outputs = samples.outputs
     tasks, rows, _ = outputs.shape
     _, *past = _numbers(adapted.plan.problem, outputs.device)
-    dual.forward_kernel[_programs(samples.spec, tasks, rows), _tiles(samples.spec, adapted.spec.widths[i + 1])](
-        adapted.weights[i], adapted.biases[i], samples.base if i == adapted.first else None, *past,
+    weight, bias, own, spec = _layer(adapted, samples, i)
+    dual.forward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i + 1])](
+        weight, bias, samples.base if i == adapted.first else None, *past,
         tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs), tuple(samples.kept),
-        tasks, rows, adapted.shots, adapted.steps, k, query, i, samples.spec, **_options(adapted.plan),
+        tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
     )  # fmt: skip
 
 
@@ -350,10 +394,29 @@ def _backward_layer(
 ) -> None:
     tasks, rows, _ = samples.outputs.shape
     inner, *past = _numbers(adapted.plan.problem, samples.outputs.device)
-    dual.backward_kernel[_programs(samples.spec, tasks, rows), _tiles(samples.spec, adapted.spec.widths[i])](
-        adapted.weights[i], *past, tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs),
+    weight, _, own, spec = _layer(adapted, samples, i)
+    dual.backward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i])](
+        weight, *past, tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs),
         tuple(samples.gradients), tuple(samples.kept), samples.dx, samples.unit, None if query else inner, velocity,
-        tasks, rows, adapted.shots, adapted.steps, k, query, i, samples.spec, **_options(adapted.plan),
+        tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
+    )  # fmt: skip
+
+
+def _layer(adapted: Adapted, samples: Samples, i: int) -> tuple[Tensor | None, Tensor | None, bool, DualSpec]:
+    """Weight and bias of a layer as they are now, whether each task has its own, and what its kernels are made for."""
+    own = adapted.own.get(i)
+    if own is None:
+        return adapted.weights[i], adapted.biases[i], False, samples.spec
+    adapts = tuple(moves and j != i for j, moves in enumerate(samples.spec.adapts))
+    return own.weight, own.bias, True, replace(samples.spec, adapts=adapts)
+
+
+def _step_layer(adapted: Adapted, i: int, own: Own, k: int) -> None:
+    tasks, out, before = own.weight.shape
+    inner, *_ = _numbers(adapted.plan.problem, own.weight.device)
+    dual.step_kernel[tasks, _tiles(adapted.spec, before) * _tiles(adapted.spec, out)](
+        own.weight, own.bias, own.weight_velocity, own.bias_velocity, inner, adapted.inputs[i], adapted.gradients[i],
+        adapted.shots, adapted.steps, k, i, adapted.spec, **_options(adapted.plan),
     )  # fmt: skip
 
 
