@@ -67,13 +67,15 @@ class Case:
 
         The query pass of the dual form in two launches is "omniglot query_kernel forward tf32" and "... backward tf32".
         """
-        spec, layer, query = (launch.constant(name) for name in ("SPEC", "L", "QUERY"))
+        spec, layer, query, own = (launch.constant(name) for name in ("SPEC", "L", "QUERY", "OWN"))
         words = [self.workload.name, launch.kernel]
         if layer is not None:
             words.append(str(layer))
         if query is not None:
-            moves = layer is None or spec.adapts[layer]
+            moves = layer is None or spec.adapts[layer] or own
             words.append("shared" if not moves else "query" if query else "inner")
+        if own:
+            words.append("own")
         if launch.kernel == "query_kernel" and launch.leaves_out("p_y"):
             words.append("forward" if launch.leaves_out("p_cotangent") else "backward")
         return " ".join(words if spec is None else [*words, self.precision])
@@ -86,6 +88,7 @@ def _cases() -> list[Case]:
     momentum = replace(WORKLOADS["sine K=5"], name="momentum")
     # The workload "wide" without one of its two layers that are alike.
     layered = replace(WORKLOADS["wide"], name="layered", widths=(512, 1024, 1024, 10))
+    folding = Workload("folding", (64, 128, 128, 5), "relu", 8, 20, 20, 8, "cross_entropy")
     return [
         *(Case(sine, "resident", precision, predicts=True) for precision in precisions),
         *(Case(classifier, "resident", precision) for precision in precisions[:3]),
@@ -96,6 +99,7 @@ def _cases() -> list[Case]:
         *(Case(omniglot, "dual", precision, predicts=True) for precision in precisions),
         *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
         *(Case(layered, "layered", precision) for precision in precisions[:3]),
+        Case(folding, "layered", "tf32"),
     ]
 
 

@@ -6,7 +6,6 @@ Asks Triton of the device, so it is imported only where Triton is.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from .batch import Sizes
 from .engines import dual, fold_step, launching, resident
 from .kernel_costs import CHIP, Work, dual_work, resident_work
-from .kernels.configuration import Config, DualConfig, configuration
+from .kernels.configuration import Config, DualConfig, configuration, dual_configuration
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
 from .kernels.spec import padded
 from .plans import KERNEL_ENGINES, Estimate, LayerPlan, Override, Plan
@@ -106,29 +105,32 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
 def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
     inner, widths = problem.inner, problem.network.widths
     first, depth = inner.first_adapted, problem.network.depth
-    config = told.config if isinstance(told.config, DualConfig) else dual_config(problem, sizes)
-    if config.tasks * sizes.shots > SUPPORT:
-        return f"the {config.tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
     forms = _forms(engine, problem, sizes, told)
-    wrong = {form for form in forms[first:] if form == "primal" or (fold_step(form) and engine == "dual")}
-    if wrong or (first < depth and fold_step(forms[first])):
-        return f"the forms {forms} are not its own"
     folds = any(fold_step(form) for form in forms)
-    if folds and config.tasks > 1:
-        config = replace(config, tasks=1)
-    pending = [fold_step(form) or inner.steps for form in forms[first + 1 :]]
-    samples = config.tasks * sizes.shots * max(pending, default=0)
-    if samples > HISTORY[engine]:
-        return f"the {samples} samples of a program's history are more than a tile of {HISTORY[engine]}"
+    if "primal" in forms or (folds and engine == "dual") or (first < depth and fold_step(forms[first])):
+        return f"the forms {', '.join(forms)} are not its own"
+    pending = max((fold_step(form) or inner.steps for form in forms[first + 1 :]), default=0)
+    config = told.config if isinstance(told.config, DualConfig) else None
+    tasks, samples = (config.tasks, config.samples) if config else _tiles(problem, sizes, pending, folds)
+    if folds and tasks > 1:
+        return f"{tasks} tasks a program share weights, and where layers fold each has its own"
+    if tasks * sizes.shots > SUPPORT:
+        return f"the {tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
+    history = tasks * sizes.shots * pending
+    if history > HISTORY[engine]:
+        return f"the {history} samples of a program's history are more than a tile of {HISTORY[engine]}"
+    key = tuned_for(problem, sizes, precision)
+    config = config or dual_configuration(device, engine, tasks, samples, padded(max(2, history)), key)
+    assert config is not None, f"no rule takes a history of {history}"
     spec = dual.spec_of(problem, sizes.shots, precision, config, forms)
     need = dual_need(spec, config)
     obstacle = _unfit(need, sizes)
     if obstacle is not None:
         return obstacle
     # Numbers of a task: its history; inputs, pre-activations and gradients of a step and of the query pass.
-    history = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
-    history += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
-    history += sum(
+    numbers = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
+    numbers += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
+    numbers += sum(
         (1 + spec.momentum) * layer.parameters
         for layer, form in zip(problem.network.layers, forms, strict=True)
         if fold_step(form)
@@ -145,8 +147,8 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         precision,
         config,
         dual_work(problem, sizes, config, precision, layered=engine == "layered"),
-        state=4.0 * history,
-        held=4.0 * (history + passing),
+        state=4.0 * numbers,
+        held=4.0 * (numbers + passing),
         reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
     )
 
@@ -168,14 +170,17 @@ def _forms(engine: str, problem: Problem, sizes: Sizes, told: Override) -> tuple
     return tuple(forms)
 
 
-def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:
-    """How the dual kernels are laid out for a problem, on whatever device."""
-    steps, shots = max(problem.inner.steps, 1), max(sizes.shots, 1)
+def _tiles(problem: Problem, sizes: Sizes, pending: int, folds: bool) -> tuple[int, int]:
+    """Tasks of a pack, and samples of a tile of its query set.
+
+    pending: the steps that a history lasts.  folds: whether layers fold.
+    """
+    shots = max(sizes.shots, 1)
     # Packs fill the smallest tile of samples and twice that of history, where there are enough tasks for all programs.
-    tasks = max(1, min(16 // shots, 32 // (steps * shots)))
-    if sizes.tasks < 4 * CHIP.multiprocessors * tasks:
+    tasks = max(1, min(16 // shots, 32 // (max(pending, 1) * shots)))
+    if folds or sizes.tasks < 4 * CHIP.multiprocessors * tasks:
         tasks = 1
-    history = padded(max(2, tasks * steps * shots))
+    history = padded(max(2, tasks * pending * shots))
     # Blocks of query samples are large, unless that leaves multiprocessors idle or history has no room beside them.
     samples = 16
     for larger in (32, 64):
@@ -183,7 +188,7 @@ def dual_config(problem: Problem, sizes: Sizes) -> DualConfig:
         fills = larger <= padded(max(2, tasks * sizes.queries)) and blocks >= CHIP.multiprocessors
         if fills and larger * history <= 2048:
             samples = larger
-    return DualConfig(4 if history <= 32 else 8, samples, tasks)
+    return tasks, samples
 
 
 def _unfit(need: Need, sizes: Sizes) -> str | None:

@@ -1,7 +1,7 @@
 """Warps and tiles of a kernel by device and size, from the tables in `configs/`; needs no Triton.
 
-A table lists rules; the first whose `weights` is not exceeded by the largest weight tile of a network applies. What
-`fomaml_fused.tune` measures in a process comes before the tables.
+A table lists rules; the first whose bound is not exceeded applies: by the largest weight tile of a network, or by the
+samples in a tile of history. What `fomaml_fused.tune` measures in a process comes before the tables.
 """
 
 from __future__ import annotations
@@ -51,11 +51,30 @@ def configuration(device: str, kernel: str, largest_weight: int, problem: Hashab
         device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
         problem: what `remember` was told of, if it was.
     """
-    if (device, kernel, problem) in _tuned:
-        return _tuned[device, kernel, problem]
+    tuned = _tuned.get((device, kernel, problem))
+    if tuned is not None:
+        return tuned
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
             return Config(rule["warps"], rule["samples"])
+    return None
+
+
+def dual_configuration(
+    device: str, kernel: str, tasks: int, samples: int, history: int, problem: Hashable = None
+) -> DualConfig | None:
+    """The configuration of a dual kernel, "dual" or "layered"; None where no rule takes that much history.
+
+    Args:
+        tasks: of a pack.  samples: of a tile of them in the query pass.  history: of a tile of it.
+        device, problem: as for `configuration`.
+    """
+    tuned = _tuned.get((device, kernel, problem))
+    if isinstance(tuned, DualConfig):
+        return tuned
+    for rule in _table(device)["dual"]:
+        if history <= rule["history"]:
+            return DualConfig(rule["warps"], samples, tasks, rule["features"], rule["contracted"], rule["stages"])
     return None
 
 

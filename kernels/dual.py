@@ -214,14 +214,14 @@ def step_kernel(
         if i_w == 0:
             o_b = i_t * OUT + o_out
             b_b = tl.load(p_bias + o_b, mask=o_out < OUT, other=0.0)
-            b_g = tl.sum(b_d, 1)
+            b_gb = tl.sum(b_d, 1)
             if SPEC.momentum:
-                b_g += tl.load(p_inner) * tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
+                b_gb += tl.load(p_inner) * tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
             if SPEC.decay:
-                b_g += tl.load(p_inner + 1) * b_b
+                b_gb += tl.load(p_inner + 1) * b_b
             if SPEC.momentum:
-                tl.store(p_bias_velocity + o_b, b_g, mask=o_out < OUT)
-            tl.store(p_bias + o_b, b_b - rate * b_g, mask=o_out < OUT)
+                tl.store(p_bias_velocity + o_b, b_gb, mask=o_out < OUT)
+            tl.store(p_bias + o_b, b_b - rate * b_gb, mask=o_out < OUT)
 
 
 @triton.jit

@@ -20,7 +20,8 @@ COMPILED = "sm_90"  # what the kernels do wrong, they do wrong on every device
 def call(engine: str, everything: bool) -> None:
     """Every public call that launches a kernel, with all that a caller may leave out, or with none of it.
 
-    Sizes are 1 in one, multiples of 16 in the other: numbers that Triton, if it may, compiles for.
+    Layer by layer, the last layer folds where there are two steps. Sizes are 1 in one, multiples of 16 in the other:
+    numbers that Triton, if it may, compiles for.
     """
     tasks, shots, queries = (32, 16, 32) if everything else (1, 1, 1)
     x, q = torch.randn(tasks, shots, 16), torch.randn(tasks, queries, 16)
@@ -35,7 +36,8 @@ def call(engine: str, everything: bool) -> None:
         support_weight = torch.rand(tasks, shots)
         weights = {"query_weight": torch.rand(tasks, queries), "task_weight": torch.rand(tasks)}
     meta = ff.FOMAML(model, backend="triton", precision="tf32", **options)
-    with ff.override(engine=engine):
+    forms = ("dual", "dual", "dual:1") if engine == "layered" and everything else None
+    with ff.override(engine=engine, forms=forms):
         meta.adapt(x, y, support_weight=support_weight)(q)
         with torch.no_grad():
             meta(x, y, q, t)

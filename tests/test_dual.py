@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,32 @@ def test_random_problems_in_packs_and_tiles(engine: str, case: Case, tasks: int,
     if fits and (engine == "layered" or "callable" not in (case.loss, case.outer_loss)):
         with ff.override(engine=engine, config=DualConfig(4, samples, tasks, tile, 16)):
             check(case, per_task=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forms": ("dual", "dual:2", "dual:1")},
+        {"forms": ("dual", "dual:3", "dual")},
+        {"forms": ("dual", "dual:1", "dual:2"), "weight_decay": 0.1, "bias": False},
+        {"forms": ("dual", "dual:2", "dual:1"), "momentum": 0.9, "weight_decay": 0.1, "weighted": True},
+        {"forms": ("dual", "dual", "dual:2"), "adapt": [1, 2], "widths": (3, 33, 40, 3), "momentum": 0.9},
+    ],
+    ids=str,
+)
+def test_layers_fold(options: dict[str, Any]) -> None:
+    case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **options})
+    with ff.override(engine="layered", forms=case.forms):
+        check(case, per_task=INTERPRETED)
+        assert_close(by_kernels(case), by_engine(case, torch.float32, case.forms), 2e-6)
+
+
+def test_histories_that_outgrow_their_layer_fold() -> None:
+    case = Case(widths=(3, 17, 20, 3), shots=20, steps=9)
+    with ff.override(engine="layered"):
+        meta = ff.FOMAML(case.model(torch.float32).to(kernel_device()), **case.options(), backend="triton")
+        assert meta.plan(case.tasks, case.shots, case.queries).forms == ("dual", "dual:4", "dual:4")
+        check(replace(case, tasks=1), per_task=False)
 
 
 @ENGINES

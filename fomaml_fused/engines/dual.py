@@ -169,7 +169,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
         velocity = new(device, tasks, shots, widths[first + 1]) if spec.momentum else None
         if plan.engine == "dual":
             dual.inner_kernel[_programs(spec, tasks, shots),](
-                adapted.weights, adapted.biases, *_numbers(problem, device), samples.base, y, counts, 1 / shots,
+                adapted.weights, adapted.biases, *_numbers(problem, device)[:3], samples.base, y, counts, 1 / shots,
                 tuple(samples.inputs), tuple(gradients), velocity, tuple(samples.kept), tasks, shots, steps, spec,
                 **_options(plan),
             )  # fmt: skip
@@ -211,34 +211,44 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
             layers.append((fast, None if bias is None else bias.float().expand(count, -1)))
         else:
             numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
-            past = (1.0,) if i == adapted.first else numbers.history[-1]
-            layers.append(_sum(adapted, i, tasks, numbers.shared[-1], [-c for c in past]))
+            _, _, past, _ = _numbers(adapted.plan.problem, d.device)
+            by_step = None if i == adapted.first else past[inner.steps, i]
+            layers.append(_sum(adapted, i, tasks, numbers.shared[-1], by_step, -1.0))
     return layers
 
 
-def _sum(adapted: Adapted, i: int, tasks: slice, shared: float, past: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-    """Shared * W_0 + sum_j past[j] * D_j.T @ X_j of layer i, [t, out, in], and the same of its bias, [t, out]."""
+def _sum(
+    adapted: Adapted, i: int, tasks: slice, shared: float, past: Tensor | None, sign: float
+) -> tuple[Tensor, Tensor | None]:
+    """Shared * W_0 + sign * sum_j past[j] D_j.T @ X_j of layer i, [t, out, in], and the same of its bias, [t, out].
+
+    past: of each step that counts, [k]; None for 1, where the history is summed already.
+    """
     weight, bias, x, d = adapted.weights[i], adapted.biases[i], adapted.inputs[i], adapted.gradients[i]
     assert weight is not None
     assert x is not None
     assert d is not None
-    x, d = (t[tasks].float().flatten(1, -2).unflatten(1, (-1, adapted.shots))[:, : len(past)] for t in (x, d))
-    d = (d * d.new_tensor(past)[:, None, None]).flatten(1, 2)
-    found = torch.baddbmm(weight.float(), d.mT, x.flatten(1, 2), beta=shared)
-    return found, None if bias is None else shared * bias.float() + d.sum(1)
+    x, d = x[tasks].float(), d[tasks]
+    if past is not None:
+        x, d = x[:, : len(past)], d[:, : len(past)] * past[:, None, None]
+    x, d = x.flatten(1, -2), d.flatten(1, -2)
+    found = torch.baddbmm(weight.float(), d.mT, x, beta=shared, alpha=sign)
+    return found, None if bias is None else torch.add(shared * bias.float(), d.sum(1), alpha=sign)
 
 
 def _fold(adapted: Adapted, k: int) -> None:
     """Give each task weights of its own in the layers that fold at step k."""
-    inner = adapted.plan.problem.inner
+    problem, every = adapted.plan.problem, slice(None)
+    inner = problem.inner
     for i, form in enumerate(adapted.plan.forms):
-        if fold_step(form) == k:
+        x = adapted.inputs[i]
+        if fold_step(form) == k and x is not None:
             numbers = coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay)
-            own = Own(*_sum(adapted, i, slice(None), numbers.shared[k], [-c for c in numbers.history[k]]))
+            _, _, past, velocity = _numbers(problem, x.device)
+            own = adapted.own[i] = Own(*_sum(adapted, i, every, numbers.shared[k], past[k, i, :k], -1.0))
             if adapted.spec.momentum and k < inner.steps:
-                past = numbers.velocity_history[k]
-                own.weight_velocity, own.bias_velocity = _sum(adapted, i, slice(None), numbers.velocity_shared[k], past)
-            adapted.own[i] = own
+                found = _sum(adapted, i, every, numbers.velocity_shared[k], velocity[k, i, :k], 1.0)
+                own.weight_velocity, own.bias_velocity = found
 
 
 def _samples(adapted: Adapted, x: Tensor, spec: DualSpec, *, query: bool) -> Samples:
@@ -332,7 +342,7 @@ def _query(
     tasks, queries, _ = x.shape
     if plan.engine == "dual" and first < depth:
         gradients = tuple(samples.gradients) if lowest < depth else None
-        _, *past = _numbers(plan.problem, x.device)
+        _, *past, _ = _numbers(plan.problem, x.device)
         dual.query_kernel[_programs(samples.spec, tasks, queries),](
             adapted.weights, adapted.biases, *past, samples.base, tuple(adapted.inputs), tuple(adapted.gradients),
             y, counts, 1.0, cotangent, tuple(samples.inputs), gradients, tuple(samples.kept), losses, samples.dx,
@@ -358,7 +368,7 @@ def _query(
 def _forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query: bool) -> None:
     outputs = samples.outputs
     tasks, rows, _ = outputs.shape
-    _, *past = _numbers(adapted.plan.problem, outputs.device)
+    _, *past, _ = _numbers(adapted.plan.problem, outputs.device)
     weight, bias, own, spec = _layer(adapted, samples, i)
     dual.forward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i + 1])](
         weight, bias, samples.base if i == adapted.first else None, *past,
@@ -393,7 +403,7 @@ def _backward_layer(
     adapted: Adapted, samples: Samples, i: int, k: int, *, velocity: Tensor | None = None, query: bool
 ) -> None:
     tasks, rows, _ = samples.outputs.shape
-    inner, *past = _numbers(adapted.plan.problem, samples.outputs.device)
+    inner, *past, _ = _numbers(adapted.plan.problem, samples.outputs.device)
     weight, _, own, spec = _layer(adapted, samples, i)
     dual.backward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i])](
         weight, *past, tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs),
@@ -455,16 +465,18 @@ def _counts(weight: Tensor | None, share: float | Tensor, tasks: int, queries: i
 
 
 @cache  # for good: a captured graph reads them wherever they lie
-def _numbers(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Momentum, weight decay and rates, as `inner_numbers`; s [K + 1, layers]; c [K + 1, layers, K]."""
-    inner = problem.inner
-    found = [
-        coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay) for i in range(problem.network.depth)
-    ]
-    shared = [[numbers.shared[k] for numbers in found] for k in range(inner.steps + 1)]
-    past = [[[*numbers.history[k], *[0.0] * (inner.steps - k)] for numbers in found] for k in range(inner.steps + 1)]
-    shrink, history = (torch.tensor(rows, dtype=torch.float32, device=device) for rows in (shared, past))
-    return inner_numbers(problem, device), shrink, history
+def _numbers(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Momentum, weight decay and rates, as `inner_numbers`; then s [K + 1, layers], and c and vc [K + 1, layers, K]."""
+    inner, depth = problem.inner, problem.network.depth
+    layers = [coefficients(inner.layer_rates(i), inner.momentum, inner.weight_decay) for i in range(depth)]
+    shrink = torch.zeros(inner.steps + 1, depth)
+    past, velocity = torch.zeros(2, inner.steps + 1, depth, inner.steps)
+    for i, numbers in enumerate(layers):
+        shrink[:, i] = torch.tensor(numbers.shared)
+        for k in range(1, inner.steps + 1):
+            past[k, i, :k] = torch.tensor(numbers.history[k])
+            velocity[k, i, :k] = torch.tensor(numbers.velocity_history[k])
+    return inner_numbers(problem, device), shrink.to(device), past.to(device), velocity.to(device)
 
 
 def _share(weight: Tensor) -> Tensor:
