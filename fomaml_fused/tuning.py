@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 
 WARPS = (1, 2, 4, 8)
 SAMPLES = (16, 32, 64)
+# Of the dual kernels, which take longer to compile, fewer.
+DUAL = {"warps": (4, 8), "samples": SAMPLES, "features": (32, 64), "stages": (2, 3)}
 
 
 def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, rounds: int = 20) -> dict[Config, float]:
-    """Time every layout of the fused kernel that takes these sizes, and plan with the fastest from now on.
+    """Time every layout of the kernels that the planner chooses for these sizes, and plan with the fastest from now on.
 
     Each round runs a meta-step, backward included, of every layout in turn, on random tasks. What is found holds in
     this process, for networks of these widths, tasks of these sizes and this precision.
@@ -37,32 +41,43 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
     Raises:
         ValueError: no fused kernel takes the problem, and the message is the plan's reason; or no round.
     """
-    from .kernels.configuration import Config
-
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; it takes at least 1")
     queries = shots if queries is None else queries
     batch = _random_tasks(meta, tasks, shots, queries)
     usable = {}
-    for warps, samples in product(WARPS, SAMPLES):
-        config = Config(warps, samples)
-        with override(config=config):
-            plan = meta.plan(tasks, shots, queries)
-            if plan.engine == "resident":
-                usable[config] = plan
-                _seconds(meta, batch)  # compiles
-    if not usable:
+    plan = meta.plan(tasks, shots, queries)
+    if plan.engine == "batched":
         raise ValueError(f"no fused kernel takes this problem: {plan.reason}")
+    for config in _layouts(plan):
+        with override(engine=plan.engine, config=config):
+            try:
+                usable[config] = meta.plan(tasks, shots, queries)
+            except ValueError:  # does not fit
+                continue
+            _seconds(meta, batch)  # compiles
     times: dict[Config, list[float]] = {config: [] for config in usable}
     for _ in range(rounds):
         for config, measured in times.items():
-            with override(config=config):
+            with override(engine=plan.engine, config=config):
                 measured.append(_seconds(meta, batch))
     medians = sorted((statistics.median(measured), config) for config, measured in times.items())
     best = medians[0][1]
     _remember(usable[best], best)
     forget_plans()
     return {config: median for median, config in medians}
+
+
+def _layouts(plan: Plan) -> Iterator[Config]:
+    """What there is to try for the engine of a plan."""
+    from .kernels.configuration import Config, DualConfig
+
+    if isinstance(plan.config, DualConfig):
+        for choice in product(*DUAL.values()):
+            yield replace(plan.config, **dict(zip(DUAL, choice, strict=True)))
+    else:
+        for warps, samples in product(WARPS, SAMPLES):
+            yield Config(warps, samples)
 
 
 def _seconds(meta: FOMAML, batch: tuple[Tensor, ...]) -> float:

@@ -137,9 +137,9 @@ def step(
         losses = new(x.device, *x.shape[:2])
         _query(adapted, samples, lowest, y=y, counts=counts, losses=losses)
         partials = _outer(adapted, samples, needed[1:])
-        # The mean over no sample is nan, as torch has it.
-        gradient, value = reduce(partials, losses.flatten(), share=samples.unit if x.shape[1] else math.nan)
+        gradient, value = reduce(partials, losses.flatten(), share=samples.unit)
     assert value is not None
+    # The mean over no sample is nan, as torch has it.
     return value if x.shape[1] else value + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:])
 
 
