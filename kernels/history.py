@@ -1,8 +1,8 @@
 """What the dual form is made of: where samples and their history lie, products with history, corrections by it.
 
 Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps. `rows` are those
-of a tile: where those of its pack of tasks begin, which they are from there, and which of them exist. On chip, samples
-are columns. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
+of a tile: where they begin, which they are from there, and which of them exist. On chip, samples are columns. A layer's
+history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
 """
 
 import triton
@@ -25,22 +25,23 @@ def places(i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
     Returns the rows of the samples; their rows in step 0 of [T, K, S, ...]; and of two histories, of the pack in [T, S,
     ...] and in [T, K, S, ...], the rows, which are of a sample's task [history, B], and the step that writes each.
     """
-    here, i_task = _rows(i_p, i_b * samples(SPEC), T, N, samples(SPEC), SPEC)
-    support, i_support = _rows(i_p, 0, T, S, SPEC.support, SPEC)
-    past, i_past = _rows(i_p, 0, T, K * S, SPEC.history, SPEC)
-    begin = past[0], i_task * (K * S) + here[1] % N, here[2]
+    here, i_task, i_sample = _rows(i_p, i_b * samples(SPEC), T, N, samples(SPEC), SPEC)
+    support, i_support, _ = _rows(i_p, 0, T, S, SPEC.support, SPEC)
+    past, i_past, i_row = _rows(i_p, 0, T, K * S, SPEC.history, SPEC)
+    begin = past[0], i_task * (K * S) + i_sample, here[2]
     first = support, _of_one_task(support[2], i_support, here[2], i_task, SPEC), i_support * 0
-    later = past, _of_one_task(past[2], i_past, here[2], i_task, SPEC), past[1] % (K * S) // S
+    later = past, _of_one_task(past[2], i_past, here[2], i_task, SPEC), i_row // S
     return here, begin, first, later
 
 
 @triton.jit
 def _rows(i_p, o, T, N, LENGTH: tl.constexpr, SPEC: tl.constexpr):
-    """Rows o ... of pack i_p in [T, N, ...], and the task of each within the pack."""
-    o_r = o + tl.arange(0, LENGTH)
-    i_task = o_r // N
+    """Rows o ... of pack i_p in [T, N, ...], the task of each within the pack, and its place within the task."""
+    o_r = tl.arange(0, LENGTH)
+    i_task = (o + o_r) // N
     m = (i_task < SPEC.tasks) & (i_p * SPEC.tasks + i_task < T)
-    return (tl.cast(i_p, tl.int64) * SPEC.tasks * N, o_r, m), i_task
+    # Where no task matters a pack is all of them, and its blocks are far apart: that part of a row is in 64 bits.
+    return (tl.cast(i_p, tl.int64) * SPEC.tasks * N + o, o_r, m), i_task, (o + o_r) % N
 
 
 @triton.jit
