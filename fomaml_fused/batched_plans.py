@@ -16,13 +16,7 @@ from .problem import Problem
 
 
 def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan]:
-    """The plan of batched torch ops, and what it would be with every layer in one form.
-
-    Raises:
-        ValueError: not one overriding form a layer, or a layer that is to fold at a step past the last.
-    """
-    if told.forms is not None:
-        _check_forms(told.forms, problem)
+    """The plan of batched torch ops, and what it would be with every layer in one form."""
     found = {"batched": _fastest(problem, sizes, told, reason)}
     for form in FORMS:
         forms = (form,) * problem.network.depth
@@ -112,7 +106,8 @@ def _chunks(tasks: int) -> list[int]:
     return chunks
 
 
-def _check_forms(forms: tuple[str, ...], problem: Problem) -> None:
+def check_forms(forms: tuple[str, ...], problem: Problem) -> None:
+    """Raises a ValueError where overriding forms are not one a layer, or a layer is to fold past the last step."""
     depth, steps = problem.network.depth, problem.inner.steps
     if len(forms) != depth:
         raise ValueError(f"forms is {forms}; it takes one of 'primal', 'dual', 'dual:k' for each of the {depth} layers")

@@ -13,7 +13,7 @@ import torch
 from .batch import Sizes
 from .engines import dual, fold_step, launching, resident
 from .kernel_costs import CHIP, Work, dual_work, resident_work
-from .kernels.configuration import Config, DualConfig, configuration, dual_configuration
+from .kernels.configuration import Config, DualConfig, configuration, dual_configuration, remembered
 from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
 from .kernels.spec import padded
 from .plans import KERNEL_ENGINES, Estimate, LayerPlan, Override, Plan
@@ -22,6 +22,7 @@ from .problem import Problem
 SUPPORT = 64  # samples of a pack's support set: one tile, and more would be better off with weights of their own
 # Samples of a pack's history, one tile too; all layers in one kernel leave less room for it.
 HISTORY = {"dual": 64, "layered": 128}
+LARGEST_FOLD = 65_535 * 16 * 16  # numbers in a weight: its tiles are on the short axis of a grid
 FOLD = 64  # samples of history that are always cheaper than weights of a task's own
 
 
@@ -42,7 +43,8 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
 
 def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable:
     """What a kernel's configuration is remembered by."""
-    return problem.network.widths, precision, sizes.shots, sizes.queries
+    inner = problem.inner
+    return problem.network.widths, precision, sizes.shots, sizes.queries, inner.steps, inner.adapt
 
 
 def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
@@ -77,8 +79,9 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
         return "the overriding forms are not its own"
     network = problem.network
     largest = max(weight_tiles(network.widths), default=0)
-    config = told.config if type(told.config) is Config else None
-    config = config or configuration(device, "resident", largest, tuned_for(problem, sizes, precision))
+    usual = configuration(device, "resident", largest)
+    tuned = remembered(device, "resident", tuned_for(problem, sizes, precision))
+    config = told.config if type(told.config) is Config else tuned or usual
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
     spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config)
@@ -94,7 +97,8 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
         told,
         precision,
         config,
-        resident_work(problem, sizes, config, precision),
+        # What is tuned is compared with other engines by what it was before.
+        resident_work(problem, sizes, usual or config, precision),
         state=4.0 * spec.parameters,
         held=4.0 * spec.parameters,
         reason=f"one program a task, {_layout(config, precision)}; about {need.registers} registers a thread, "
@@ -109,21 +113,24 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     folds = any(fold_step(form) for form in forms)
     if "primal" in forms or (folds and engine == "dual") or (first < depth and fold_step(forms[first])):
         return f"the forms {', '.join(forms)} are not its own"
-    pending = max((fold_step(form) or inner.steps for form in forms[first + 1 :]), default=0)
-    config = told.config if isinstance(told.config, DualConfig) else None
+    pending = max((fold_step(form) or inner.steps for form in forms[first + 1 :] if form != "shared"), default=0)
+    tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
+    config = next((c for c in (told.config, tuned) if isinstance(c, DualConfig)), None)
     tasks, samples = (config.tasks, config.samples) if config else _tiles(problem, sizes, pending, folds)
     if folds and tasks > 1:
         return f"{tasks} tasks a program share weights, and where layers fold each has its own"
-    if tasks * sizes.shots > SUPPORT:
+    if first < depth and tasks * sizes.shots > SUPPORT:
         return f"the {tasks * sizes.shots} shots of a program's tasks are more than a tile of {SUPPORT} samples"
     history = tasks * sizes.shots * pending
     if history > HISTORY[engine]:
         return f"the {history} samples of a program's history are more than a tile of {HISTORY[engine]}"
-    key = tuned_for(problem, sizes, precision)
-    config = config or dual_configuration(device, engine, tasks, samples, padded(max(2, history)), key)
-    assert config is not None, f"no rule takes a history of {history}"
+    if folds and max(before * after for before, after in pairwise(widths)) > LARGEST_FOLD:
+        return "a layer that folds has more tiles than a launch takes"
+    usual = dual_configuration(device, tasks, samples, padded(max(2, history)))
+    assert usual is not None, f"no rule takes a history of {history}"
+    config = config or usual
     spec = dual.spec_of(problem, sizes.shots, precision, config, forms)
-    need = dual_need(spec, config)
+    need = dual_need(spec, config, engine == "layered")
     obstacle = _unfit(need, sizes)
     if obstacle is not None:
         return obstacle
@@ -135,7 +142,7 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         for layer, form in zip(problem.network.layers, forms, strict=True)
         if fold_step(form)
     )
-    passing = (sizes.shots + 3 * sizes.queries) * sum(widths)
+    passing = (sizes.shots + 4 * sizes.queries) * sum(widths)
     pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
     how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
     return _plan(
@@ -146,8 +153,8 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         told,
         precision,
         config,
-        dual_work(problem, sizes, config, precision, layered=engine == "layered"),
-        state=4.0 * numbers,
+        dual_work(problem, sizes, usual, precision, layered=engine == "layered"),
+        state=4.0 * (numbers + passing),
         held=4.0 * (numbers + passing),
         reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
     )
@@ -220,7 +227,7 @@ def _plan(
 ) -> Plan:
     """state, held: bytes of a task that `predict` keeps, and that a meta-step holds at its peak."""
     depth = problem.network.depth
-    chunk = told.chunk or max(1, min(sizes.tasks, int(told.memory_bound // held)))
+    chunk = told.chunk or max(1, min(sizes.tasks, int(told.memory_bound // max(held, 1.0))))
     share = Estimate(work.seconds / depth, work.flops / depth, work.bytes / depth)
     return Plan(
         problem=problem,

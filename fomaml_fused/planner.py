@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from .batch import Sizes
-from .batched_plans import batched_plans
+from .batched_plans import batched_plans, check_forms
 from .plans import LayerPlan, Override, Plan, overriding
 from .problem import Problem
 
@@ -44,6 +44,8 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, tol
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it takes one of {', '.join(PRECISIONS)}")
+    if told.forms is not None:
+        check_forms(told.forms, problem)
     if backend == "reference":
         layers = tuple(LayerPlan("reference", ()) for _ in range(problem.network.depth))
         naive = float(2 * sizes.tasks * problem.network.parameters * sizes.dtype.itemsize)
@@ -82,7 +84,8 @@ def _choose(plans: dict[str, Plan | str], backend: str, told: Override) -> Plan:
     engines = {name: plan for name, plan in plans.items() if isinstance(plan, Plan) and name == plan.engine}
     if told.engine is not None and backend != "torch":
         if told.engine not in engines:
-            raise ValueError(f"engine is {told.engine!r}, which cannot run: {plans[told.engine]}")
+            why = plans.get(told.engine, "Triton does not serve the device")
+            raise ValueError(f"engine is {told.engine!r}, which cannot run: {why}")
         return engines[told.engine]
     if backend == "triton" and len(engines) > 1:
         del engines["batched"]

@@ -49,13 +49,16 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
     plan = meta.plan(tasks, shots, queries)
     if plan.engine == "batched":
         raise ValueError(f"no fused kernel takes this problem: {plan.reason}")
+    from triton.runtime.errors import OutOfResources
+
     for config in _layouts(plan):
         with override(engine=plan.engine, config=config):
             try:
-                usable[config] = meta.plan(tasks, shots, queries)
-            except ValueError:  # does not fit
+                layout = meta.plan(tasks, shots, queries)
+                _seconds(meta, batch)  # compiles
+                usable[config] = layout
+            except (ValueError, OutOfResources):  # it does not fit
                 continue
-            _seconds(meta, batch)  # compiles
     times: dict[Config, list[float]] = {config: [] for config in usable}
     for _ in range(rounds):
         for config, measured in times.items():

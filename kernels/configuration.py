@@ -44,42 +44,35 @@ class DualConfig(Config):
     stages: int = 2
 
 
-def configuration(device: str, kernel: str, largest_weight: int, problem: Hashable = None) -> Config | None:
+def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
     """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
 
-    Args:
-        device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
-        problem: what `remember` was told of, if it was.
+    device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
     """
-    tuned = _tuned.get((device, kernel, problem))
-    if tuned is not None:
-        return tuned
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
             return Config(rule["warps"], rule["samples"])
     return None
 
 
-def dual_configuration(
-    device: str, kernel: str, tasks: int, samples: int, history: int, problem: Hashable = None
-) -> DualConfig | None:
-    """The configuration of a dual kernel, "dual" or "layered"; None where no rule takes that much history.
+def dual_configuration(device: str, tasks: int, samples: int, history: int) -> DualConfig | None:
+    """The configuration of the dual kernels on a device; None where no rule takes that much history.
 
-    Args:
-        tasks: of a pack.  samples: of a tile of them in the query pass.  history: of a tile of it.
-        device, problem: as for `configuration`.
+    tasks: of a pack.  samples: of a tile of them in the query pass.  history: of a tile of it.
     """
-    tuned = _tuned.get((device, kernel, problem))
-    if isinstance(tuned, DualConfig):
-        return tuned
     for rule in _table(device)["dual"]:
         if history <= rule["history"]:
             return DualConfig(rule["warps"], samples, tasks, rule["features"], rule["contracted"], rule["stages"])
     return None
 
 
+def remembered(device: str, kernel: str, problem: Hashable) -> Config | None:
+    """What `remember` was told last, in this process."""
+    return _tuned.get((device, kernel, problem))
+
+
 def remember(device: str, kernel: str, problem: Hashable, config: Config) -> None:
-    """Have `configuration` give this one for a problem from now on, in this process."""
+    """Have `remembered` give this configuration of a kernel for a problem."""
     _tuned[device, kernel, problem] = config
 
 

@@ -47,13 +47,16 @@ def resident_need(spec: Spec, config: Config) -> Need:
     return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)
 
 
-def dual_need(spec: DualSpec, config: DualConfig) -> Need:
-    """What the dual kernels need for a network and their tiles; the larger of inner loop and query pass."""
+def dual_need(spec: DualSpec, config: DualConfig, layered: bool) -> Need:
+    """What the dual kernels need for a network and their tiles; the larger of inner loop and query pass.
+
+    layered: whether each launch is of one layer; all of them in one hold more at a time.
+    """
     samples = max(spec.support, config.samples)
     block = max(features(spec, width) for width in spec.widths)
     depth = max(contracted(spec, width) for width in spec.widths)
     # The loss takes all outputs of a tile of samples at once.
     registers = 64 + 4 * padded(spec.widths[-1]) * samples // (32 * config.warps)
-    # What is fetched ahead, and history on its way into operands; a quarter more for conversions of the rest.
+    # What is fetched ahead, and history on its way into operands; more for conversions, and for operands in two parts.
     numbers = config.stages * depth * (max(block, spec.history) + samples) + spec.history * (block + samples)
-    return Need(registers, 5 * numbers)
+    return Need(registers, (5 if layered else 7) * numbers)

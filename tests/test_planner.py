@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,39 @@ def test_in_the_dual_kernels_no_task_has_weights_of_its_own(engine: str) -> None
                 torch.autograd.grad(value, list(model.parameters()))
             peaks.append(memory.peak)
         assert peaks[1] - peaks[0] <= 2 * 4 * (history + samples)
+
+
+def test_what_is_tuned_is_for_the_inner_loop_it_was_tuned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack of several tasks, found for few steps, would share the weights that tasks have where layers fold."""
+    from fomaml_fused.kernels import configuration
+
+    from fomaml_fused.kernel_plans import tuned_for
+
+    monkeypatch.setattr(configuration, "_tuned", {})
+    model, options = mlp(3, 17, 20, 3), {"backend": "triton"}
+    with ff.override(engine="layered"):
+        few, many = (plan(model, 4, 5, 5, steps=steps, **options) for steps in (1, 16))
+        assert few.config is not None
+        packed = replace(few.config, tasks=3)
+        configuration.remember("cpu-0", "layered", tuned_for(few.problem, few.sizes, few.precision), packed)
+        ff.planner.forget_plans()
+        assert plan(model, 4, 5, 5, steps=1, **options).config == packed
+        assert plan(model, 4, 5, 5, steps=16, **options) == many
+        assert "dual:13" in many.forms
+        with pytest.raises(ValueError, match="3 tasks a program share weights"), ff.override(config=packed):
+            plan(model, 4, 5, 5, steps=16, **options)
+    ff.planner.forget_plans()
+
+
+def test_layers_that_do_not_move_have_no_history() -> None:
+    with ff.override(engine="layered"):
+        assert plan(mlp(3, 17, 20, 3), 4, 20, 5, steps=9, adapt=[0], backend="triton").forms[1:] == ("shared", "shared")
+
+
+def test_a_plan_of_nothing() -> None:
+    assert plan(mlp(3, 4), 3, 0, 0, steps=0, backend="triton").chunk == 3
+
+
+def test_overrides_that_make_no_sense_are_refused_whatever_the_engine() -> None:
+    with pytest.raises(ValueError, match="for each of the 2 layers"), ff.override(forms=("dual",)):
+        plan(mlp(3, 4, 2), 3, 2, 2, backend="triton")

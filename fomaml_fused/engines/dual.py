@@ -34,7 +34,8 @@ def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig, fo
     """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
     support = padded(max(2, config.tasks * shots))
     # A layer's history ends where it folds; the first layer that moves has another one.
-    pending = [fold_step(form) or problem.inner.steps for form in forms[problem.inner.first_adapted + 1 :]]
+    behind = [form for form in forms[problem.inner.first_adapted + 1 :] if form != "shared"]
+    pending = [fold_step(form) or problem.inner.steps for form in behind]
     return DualSpec(
         **compiled_for(problem, precision),
         samples=support,
