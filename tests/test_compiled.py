@@ -26,10 +26,12 @@ KNOWN = {
     "sine adapt_kernel tf32x3 on sm_90",
     "sine meta_kernel tf32x3 on sm_100",
     "wide meta_kernel bf16 on sm_100",
-    "omniglot inner_kernel tf32x3 on sm_80",
     "omniglot query_kernel tf32x3 on sm_80",
+    "omniglot query_kernel backward tf32x3 on sm_80",
     "omniglot inner_kernel tf32 on sm_100",
     "omniglot inner_kernel bf16 on sm_100",
+    "crowd inner_kernel tf32x3 on sm_80",
+    "crowd query_kernel forward tf32x3 on sm_80",
 }
 
 
