@@ -74,7 +74,7 @@ def test_random_problems_in_packs_and_tiles(engine: str, case: Case, tasks: int,
     ids=str,
 )
 def test_layers_fold(options: dict[str, Any]) -> None:
-    if not INTERPRETED and len(options) != 4:
+    if not INTERPRETED and "weighted" not in options:
         pytest.skip("one of them is compiled")
     case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **options})
     with ff.override(engine="layered", forms=case.forms):
@@ -93,6 +93,8 @@ def test_histories_that_outgrow_their_layer_fold() -> None:
 
 @ENGINES
 def test_a_diverged_task_spoils_no_other_of_its_pack(engine: str) -> None:
+    if not INTERPRETED and engine == "layered":
+        pytest.skip("the parts are those of the other engine")
     case = Case(widths=(3, 17, 9, 5), tasks=6, activation="relu", steps=4, lr=1.0)
     model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
     sound = batch["support_y"].clone()
@@ -106,6 +108,7 @@ def test_a_diverged_task_spoils_no_other_of_its_pack(engine: str) -> None:
     assert torch.equal(losses[others], expected[others])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="each is compiled in other tests, and compared with the oracle")
 def test_all_engines_agree() -> None:
     case = Case(widths=(3, 17, 5, 4), loss="cross_entropy", steps=3, momentum=0.5, tasks=2)
     expected = by_engine(case, torch.float32)
