@@ -93,7 +93,7 @@ def query_kernel(
     None; where it is given, what an earlier launch left in p_now and p_kept is reversed and nothing run forward.
 
     p_now: of each layer from the first that moves, its input [T, N, in], of which the first is given; last, the outputs
-    [T, N, out].  p_now_gradients: of each layer's pre-activations [T, N, out]; None where none is wanted.  p_kept:
+    [T, N, out].  p_now_gradients: of each layer's pre-activations [T, N, out], or None of each.  p_kept:
     pre-activations, as above.  p_loss: of each sample, times what it counts, [T, N].  BELOW: whether gradients go on
     below the first layer that moves: to the layer there, or if there is none to p_dx, times `unit`.
     """
@@ -111,7 +111,7 @@ def query_kernel(
             p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, None, None, here, here, K,
             query_loss(SPEC), SPEC,
         )  # fmt: skip
-    if p_now_gradients is not None:
+    if p_now_gradients[depth(SPEC) - 1] is not None:
         for i in tl.static_range(depth(SPEC) - 1, first_adapted(SPEC) - BELOW, -1):
             tl.debug_barrier()
             _backward(
@@ -318,7 +318,7 @@ def _loss(
         b_d = tl.where(m[None, :], b_d * b_r[None, :], 0.0)
         if p_loss is not None:
             tl.store(p_loss + i + o, tl.sum(b_value, 0) * b_r, mask=m)
-    if p_now_gradients is not None:
+    if p_now_gradients[L] is not None:
         b_kept = b_out if keeps_output(activation(SPEC, L)) else load(p_kept[L], here, o_c, OUT)
         b_d = pull_back(b_d, b_kept, activation(SPEC, L))
         _keep(p_now_gradients, b_d, p_inner, p_velocity, here, now, o_c, k, L, SPEC)

@@ -342,12 +342,12 @@ def _query(
     assert x is not None
     tasks, queries, _ = x.shape
     if plan.engine == "dual" and first < depth:
-        gradients = tuple(samples.gradients) if lowest < depth else None
         _, *past, _ = _numbers(plan.problem, x.device)
         dual.query_kernel[_programs(samples.spec, tasks, queries),](
             adapted.weights, adapted.biases, *past, samples.base, tuple(adapted.inputs), tuple(adapted.gradients),
-            y, counts, 1.0, cotangent, tuple(samples.inputs), gradients, tuple(samples.kept), losses, samples.dx,
-            samples.unit, tasks, queries, adapted.shots, adapted.steps, lowest < first, samples.spec, **_options(plan),
+            y, counts, 1.0, cotangent, tuple(samples.inputs), tuple(samples.gradients), tuple(samples.kept), losses,
+            samples.dx, samples.unit, tasks, queries, adapted.shots, adapted.steps, lowest < first, samples.spec,
+            **_options(plan),
         )  # fmt: skip
     else:
         if cotangent is None:
@@ -392,10 +392,9 @@ def _loss(
 ) -> None:
     tasks, rows, _ = samples.outputs.shape
     inner, *_ = _numbers(adapted.plan.problem, samples.outputs.device)
-    wanted = samples.gradients[-1] is not None
     dual.loss_kernel[_programs(samples.spec, tasks, rows),](
         y, counts, 1.0 if query else 1 / rows, cotangent, losses, tuple(samples.inputs),
-        tuple(samples.gradients) if wanted else None, tuple(samples.kept), None if query else inner, velocity,
+        tuple(samples.gradients), tuple(samples.kept), None if query else inner, velocity,
         tasks, rows, adapted.shots, adapted.steps, k, query, samples.spec, **_options(adapted.plan),
     )  # fmt: skip
 
