@@ -99,7 +99,6 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
         config,
         # What is tuned is compared with other engines by what it was before.
         resident_work(problem, sizes, usual or config, precision),
-        state=4.0 * spec.parameters,
         held=4.0 * spec.parameters,
         reason=f"one program a task, {_layout(config, precision)}; about {need.registers} registers a thread, "
         f"{need.shared:,} bytes of shared memory",
@@ -113,7 +112,7 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     folds = any(fold_step(form) for form in forms)
     if "primal" in forms or (folds and engine == "dual") or (first < depth and fold_step(forms[first])):
         return f"the forms {', '.join(forms)} are not its own"
-    pending = max((fold_step(form) or inner.steps for form in forms[first + 1 :] if form != "shared"), default=0)
+    pending = dual.pending_steps(problem, forms)
     tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
     config = next((c for c in (told.config, tuned) if isinstance(c, DualConfig)), None)
     tasks, samples = (config.tasks, config.samples) if config else _tiles(problem, sizes, pending, folds)
@@ -154,7 +153,6 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         precision,
         config,
         dual_work(problem, sizes, usual, precision, layered=engine == "layered"),
-        state=4.0 * (numbers + passing),
         held=4.0 * (numbers + passing),
         reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
     )
@@ -221,11 +219,10 @@ def _plan(
     config: Config,
     work: Work,
     *,
-    state: float,
     held: float,
     reason: str,
 ) -> Plan:
-    """state, held: bytes of a task that `predict` keeps, and that a meta-step holds at its peak."""
+    """held: bytes of a task that a meta-step holds at its peak, and that `predict` keeps."""
     depth = problem.network.depth
     chunk = told.chunk or max(1, min(sizes.tasks, int(told.memory_bound // max(held, 1.0))))
     share = Estimate(work.seconds / depth, work.flops / depth, work.bytes / depth)
@@ -235,7 +232,7 @@ def _plan(
         engine=engine,
         layers=tuple(LayerPlan(form, ((form, share),)) for form in forms),
         chunk=chunk,
-        keeps_state=sizes.tasks * state <= told.memory_bound,
+        keeps_state=sizes.tasks * held <= told.memory_bound,
         memory=chunk * held,
         naive_memory=8.0 * sizes.tasks * problem.network.parameters,
         reason=reason,

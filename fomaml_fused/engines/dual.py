@@ -29,19 +29,22 @@ from .losses import TaskLoss, task_loss
 Layers = list[Tensor | None]  # something of each layer
 
 
+def pending_steps(problem: Problem, forms: tuple[str, ...]) -> int:
+    """Steps that the longest history lasts: until a layer folds; that of the first layer that moves is another one."""
+    behind = forms[problem.inner.first_adapted + 1 :]
+    return max((fold_step(form) or problem.inner.steps for form in behind if form != "shared"), default=0)
+
+
 @lru_cache(maxsize=1024)
 def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig, forms: tuple[str, ...]) -> DualSpec:
     """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
     support = padded(max(2, config.tasks * shots))
-    # A layer's history ends where it folds; the first layer that moves has another one.
-    behind = [form for form in forms[problem.inner.first_adapted + 1 :] if form != "shared"]
-    pending = [fold_step(form) or problem.inner.steps for form in behind]
     return DualSpec(
         **compiled_for(problem, precision),
         samples=support,
         tasks=config.tasks,
         support=support,
-        history=padded(max(2, config.tasks * max(pending, default=1) * shots)),
+        history=padded(max(2, config.tasks * pending_steps(problem, forms) * shots)),
         features=config.features,
         contracted=config.contracted,
     )
