@@ -101,7 +101,7 @@ class _MetaLoss(torch.autograd.Function):
         with _without_autocast(query_x):
             for tasks in _slices(plan):
                 share = shares if isinstance(shares, float) else shares[tasks]
-                value, dx, gradients = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
+                value, dx, gradients, _ = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
                 values.append(value)
                 features.append(dx)
                 _add(outer, gradients)

@@ -12,13 +12,19 @@ from .problem import Loss, Network, Problem
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a batch: what a plan depends on beside the problem."""
+    """The sizes of a batch: what a plan depends on beside the problem.
+
+    Attributes:
+        shots, queries: support and query samples of a task.
+        each_step: whether every inner step has support samples of its own.
+    """
 
     tasks: int
     shots: int
     queries: int
     dtype: torch.dtype
     device: torch.device
+    each_step: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "shots", "queries"):
@@ -28,11 +34,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Support:
-    """Support sets: `x` [T, S, in], `y` [T, S] class indices or [T, S, out], `weight` [T, S] or None."""
+    """Support sets: `x` [T, S, in], `y` [T, S] class indices or [T, S, out], `weight` [T, S] or None.
+
+    Or one of each at every inner step: [T, K, S, in], [T, K, S] or [T, K, S, out], [T, K, S].
+    """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+
+    @property
+    def each_step(self) -> bool:
+        """Whether every inner step has samples of its own."""
+        return self.x.dim() == 4
 
     def tasks(self, which: slice) -> Support:
         """Some of the tasks, as views."""
@@ -47,19 +61,25 @@ class Support:
 
 @dataclass(frozen=True)
 class Query:
-    """Query sets with their targets, as `Support`; `task_weight` [T] or None."""
+    """Query sets with their targets, as `Support`.
+
+    Attributes:
+        task_weight: [T] or None.
+        step_weights: what the query loss after each inner step counts, [K]; None for the last one alone.
+    """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
     task_weight: Tensor | None = None
+    step_weights: tuple[float, ...] | None = None
 
     def tasks(self, which: slice) -> Query:
         """Some of the tasks, as views."""
         if which == slice(0, self.x.shape[0]):
             return self
         weight, task_weight = (None if w is None else w[which] for w in (self.weight, self.task_weight))
-        return Query(self.x[which], self.y[which], weight, task_weight)
+        return Query(self.x[which], self.y[which], weight, task_weight, self.step_weights)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -63,6 +63,7 @@ def first_order_gap(
             query.x.detach(),
             query.y,
             **problem.inner.options(),
+            adapt=meta.adapted_names(),
             loss=problem.loss,
             outer_loss=problem.outer_loss,
             support_weight=support.weight,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from .autograd import AdaptedTasks, meta_loss, predict
 from .batch import Sizes, Support, cast_targets, check_query, check_query_features, check_support, compute_dtype
 from .engines import FlatParameters
 from .engines.losses import task_loss
-from .network import read_network
+from .inner import Adapt, InnerLoop, adapted_parts, inner_rates
+from .network import part_names, read_network
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
-from .problem import InnerLoop, Loss, Problem, SampleLoss, adapted_layers, inner_rates
+from .problem import Loss, Problem, SampleLoss
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -63,16 +63,16 @@ class FOMAML(nn.Module):
         outer_loss: str | Loss | SampleLoss | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        adapt: str | Iterable[int] = "all",
+        adapt: Adapt = "all",
         backend: str = "auto",
         precision: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        network, linears = read_network(model)
+        network, blocks = read_network(model)
         inner = InnerLoop(
             rates=inner_rates(lr, steps, network.depth),
-            adapt=adapted_layers(adapt, network.depth),
+            adapt=adapted_parts(adapt, part_names(model, blocks), dict(model.named_parameters())),
             momentum=momentum,
             weight_decay=weight_decay,
         )
@@ -85,7 +85,7 @@ class FOMAML(nn.Module):
         self.model = model
         self.problem = Problem(network, inner, inner_loss, outer)
         self.backend, self.precision, self.compiled = backend, precision, compile
-        self._linears, self._read = linears, list(model.modules())
+        self._blocks, self._read = blocks, list(model.modules())
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
 
@@ -184,7 +184,7 @@ class FOMAML(nn.Module):
 
     @property
     def _like(self) -> Tensor:
-        return self._linears[0].weight
+        return self._blocks[0].linear.weight
 
     def _support(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Support:
         return check_support(self.problem, self._like, x, y, weight)
@@ -214,6 +214,7 @@ class FOMAML(nn.Module):
                 support.x[t],
                 support.y[t],
                 **self.problem.inner.options(),
+                adapt=self.adapted_names(),
                 loss=self.problem.loss,
                 weight=None if support.weight is None else support.weight[t],
             )
@@ -223,7 +224,7 @@ class FOMAML(nn.Module):
     def _parameters_flat(self) -> FlatParameters:
         if list(self.model.modules()) != self._read:
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
-        flat = tuple(p for linear in self._linears for p in (linear.weight, linear.bias))
+        flat = tuple(p for block in self._blocks for p in block.parameters().values())
         like = self._like
         for p in flat:
             if p is not None and (p.dtype != like.dtype or p.device != like.device):
@@ -233,11 +234,16 @@ class FOMAML(nn.Module):
                 )
         return flat
 
+    def adapted_names(self) -> list[str]:
+        """The names of the parameters that move."""
+        layers = part_names(self.model, self._blocks)
+        return [names[part] for names, parts in zip(layers, self.problem.inner.adapt, strict=True) for part in parts]
+
     def _names(self) -> tuple[tuple[str, str | None], ...]:
         names = {id(p): name for name, p in self.model.named_parameters()}
         return tuple(
             (names[id(linear.weight)], None if linear.bias is None else names[id(linear.bias)])
-            for linear in self._linears
+            for linear in (block.linear for block in self._blocks)
         )
 
 

@@ -1,14 +1,16 @@
-"""Reads an `nn.Sequential` of Linear layers and activations as a `Network`, and says what it cannot take."""
+"""Reads an `nn.Sequential` of Linear layers, normalisations and activations as a `Network`, or says what it is not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .problem import Activation, Layer, Network
+from .inner import PARTS
+from .problem import Activation, Layer, Network, Norm
 
 
 class Sine(nn.Module):
@@ -37,48 +39,103 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Softplus: lambda m: Activation("softplus", (float(m.beta), float(m.threshold))),
     Sine: lambda m: Activation("sine", (m.w0,)),
 }
+_NORMS = (nn.LayerNorm, nn.BatchNorm1d)
 
 
-def read_network(model: nn.Module) -> tuple[Network, list[nn.Linear]]:
-    """The network that `model` is, and its Linear layers in order.
+@dataclass
+class Block:
+    """A Linear of a model, with the normalisation and the activation behind it; each at most one."""
+
+    linear: nn.Linear
+    norm: nn.LayerNorm | nn.BatchNorm1d | None = None
+    activation: Activation | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter | None]:
+        """By part, in the order of `inner.PARTS`; None for those that it lacks."""
+        own = (self.linear.weight, self.linear.bias)
+        found = own + ((None, None) if self.norm is None else (self.norm.weight, self.norm.bias))
+        return dict(zip(PARTS, found, strict=True))
+
+
+def read_network(model: nn.Module) -> tuple[Network, list[Block]]:
+    """The network that `model` is, and where it keeps its parameters, layer by layer.
 
     Args:
-        model: an `nn.Linear`, or an `nn.Sequential` (nested ones too) of `nn.Linear` and at most one activation behind
-            each.
+        model: an `nn.Linear`, or an `nn.Sequential` (nested ones too) of `nn.Linear`, and behind each at most one
+            `nn.LayerNorm` or `nn.BatchNorm1d` and then at most one activation.
 
     Raises:
         TypeError: `model` is no such module, or holds a layer that is not supported.
-        ValueError: an activation before the first Linear or behind another one, a Linear that appears twice, widths
-            that do not chain.
+        ValueError: a normalisation or activation that is out of place, a Linear that appears twice, widths that do not
+            chain, a BatchNorm that keeps running statistics.
     """
-    linears: list[nn.Linear] = []
-    activations: list[Activation | None] = []
+    blocks: list[Block] = []
     for name, module in _flatten(model, ""):
+        kind = type(module).__name__
+        if not isinstance(module, nn.Linear) and type(module) in (*_ACTIVATIONS, *_NORMS) and not blocks:
+            raise ValueError(f"model[{name}] is {kind}; the first layer has to be a Linear")
         if type(module) is nn.Linear:
-            own = {id(p) for p in module.parameters()}
-            if any(id(p) in own for other in linears for p in other.parameters()):
-                raise ValueError(f"model[{name}] shares a parameter with an earlier layer; each layer takes its own")
-            if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
-                raise TypeError(f"model[{name}].weight is not a Parameter of real floating-point numbers")
-            linears.append(module)
-            activations.append(None)
+            _check_parameters(name, module, blocks)
+            blocks.append(Block(module))
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm1d) and type(module) in _NORMS:
+            if blocks[-1].norm is not None or blocks[-1].activation is not None:
+                raise ValueError(f"model[{name}] is {kind}; it takes its place right behind a Linear")
+            _check_norm(name, module, blocks[-1].linear.out_features)
+            _check_parameters(name, module, blocks)
+            blocks[-1].norm = module
         elif type(module) in _ACTIVATIONS:
-            if not linears:
-                raise ValueError(f"model[{name}] is {type(module).__name__}; the first layer has to be a Linear")
             activation = _ACTIVATIONS[type(module)](module)
             if activation.name == "identity":
                 continue
-            if activations[-1] is not None:
-                raise ValueError(f"model[{name}] is {type(module).__name__}, behind another activation; one is taken")
-            activations[-1] = activation
+            if blocks[-1].activation is not None:
+                raise ValueError(f"model[{name}] is {kind}, behind another activation; one is taken")
+            blocks[-1].activation = activation
         else:
-            supported = ", ".join(["Linear", *(cls.__name__ for cls in _ACTIVATIONS)])
-            raise TypeError(f"model[{name}] is {type(module).__name__}, which is not supported; taken are {supported}")
-    layers = tuple(
-        Layer(linear.in_features, linear.out_features, linear.bias is not None, activation or Activation())
-        for linear, activation in zip(linears, activations, strict=True)
+            supported = ", ".join(cls.__name__ for cls in (nn.Linear, *_NORMS, *_ACTIVATIONS))
+            raise TypeError(f"model[{name}] is {kind}, which is not supported; taken are {supported}")
+    return Network(tuple(_layer(block) for block in blocks)), blocks
+
+
+def part_names(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, str]]:
+    """Of each layer, the names that its parameters have in the model, by part."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [{part: names[id(p)] for part, p in block.parameters().items() if p is not None} for block in blocks]
+
+
+def _layer(block: Block) -> Layer:
+    linear, norm = block.linear, block.norm
+    found = None
+    if norm is not None:
+        over = "features" if isinstance(norm, nn.LayerNorm) else "samples"
+        found = Norm(over, float(norm.eps), norm.weight is not None, norm.bias is not None)
+    return Layer(
+        linear.in_features, linear.out_features, linear.bias is not None, block.activation or Activation(), found
     )
-    return Network(layers), linears
+
+
+def _check_parameters(name: str, module: nn.Module, blocks: list[Block]) -> None:
+    """Raises where a layer shares parameters with an earlier one, or has others than real floating-point ones."""
+    own = {id(p) for p in module.parameters()}
+    if any(id(p) in own for block in blocks for p in block.parameters().values()):
+        raise ValueError(f"model[{name}] shares a parameter with an earlier layer; each layer takes its own")
+    for part in ("weight", "bias"):
+        value = getattr(module, part)
+        if value is not None and not (isinstance(value, nn.Parameter) and value.is_floating_point()):
+            raise TypeError(f"model[{name}].{part} is not a Parameter of real floating-point numbers")
+
+
+def _check_norm(name: str, norm: nn.LayerNorm | nn.BatchNorm1d, width: int) -> None:
+    if isinstance(norm, nn.LayerNorm):
+        if tuple(norm.normalized_shape) != (width,):
+            raise ValueError(f"model[{name}] normalizes {list(norm.normalized_shape)}; the layer has {width} features")
+        return
+    if norm.num_features != width:
+        raise ValueError(f"model[{name}] normalizes {norm.num_features} features; the layer has {width}")
+    if norm.track_running_stats:
+        raise ValueError(
+            f"model[{name}] tracks running statistics; tasks are normalized by their own samples, so it takes "
+            "track_running_stats=False"
+        )
 
 
 def _flatten(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

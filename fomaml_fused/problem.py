@@ -1,4 +1,4 @@
-"""What is computed: the network, its losses and the inner loop, as frozen and validated values.
+"""What is computed: the network, its losses, the inner loop and the outer rule, as frozen and validated values.
 
 Nothing here holds a tensor. A `Problem` is hashable, so plans and compiled kernels are cached by it.
 """
@@ -6,13 +6,12 @@ Nothing here holds a tensor. A `Problem` is hashable, so plans and compiled kern
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor
+
+from .inner import PARTS, InnerLoop
 
 # Each activation with the names of its parameters, in the order in which `Activation.parameters` holds them.
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -53,13 +52,39 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A normalisation of pre-activations z [N, out]: `scale * (z - mean) / sqrt(variance + eps) + shift`.
+
+    Args:
+        over: "features" of each sample (LayerNorm), or "samples" of each task (BatchNorm with batch statistics).
+        scale, shift: whether there is one per feature.
+    """
+
+    over: str
+    eps: float = 1e-5
+    scale: bool = True
+    shift: bool = True
+
+    def __str__(self) -> str:
+        return "layer norm" if self.over == "features" else "batch norm"
+
+
+@dataclass(frozen=True)
 class Layer:
-    """A linear layer and the activation behind it: `h = activation(x @ W.T + b)`, W [out, in], b [out]."""
+    """A linear layer and what is behind it: `h = activation(norm(x @ W.T + b))`, W [out, in], b [out]."""
 
     in_features: int
     out_features: int
     bias: bool = True
     activation: Activation = field(default_factory=Activation)
+    norm: Norm | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parameters that the layer has, of `inner.PARTS`."""
+        norm = self.norm
+        has = (True, self.bias, norm is not None and norm.scale, norm is not None and norm.shift)
+        return tuple(part for part, there in zip(PARTS, has, strict=True) if there)
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features"):
@@ -69,7 +94,8 @@ class Layer:
     @property
     def parameters(self) -> int:
         """Number of scalar parameters."""
-        return self.out_features * (self.in_features + self.bias)
+        norm = 0 if self.norm is None else self.norm.scale + self.norm.shift
+        return self.out_features * (self.in_features + self.bias + norm)
 
 
 @dataclass(frozen=True)
@@ -109,11 +135,17 @@ class Network:
         """Number of scalar parameters."""
         return sum(layer.parameters for layer in self.layers)
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether what a sample gives depends on the others of its set."""
+        return any(layer.norm is not None and layer.norm.over == "samples" for layer in self.layers)
+
     def __str__(self) -> str:
         widths = "-".join(map(str, self.widths))
         activations = [str(layer.activation) for layer in self.layers]
         hidden, last = dict.fromkeys(activations[:-1]), activations[-1]
-        return " ".join([widths, *hidden, *([f"-> {last}"] if last != "identity" else [])])
+        norms = dict.fromkeys(str(layer.norm) for layer in self.layers if layer.norm is not None)
+        return " ".join([widths, *norms, *hidden, *([f"-> {last}"] if last != "identity" else [])])
 
 
 @dataclass(frozen=True)
@@ -176,142 +208,63 @@ class Loss:
         return self.name + (f"({self.label_smoothing:g})" if self.label_smoothing else "")
 
 
-@dataclass(frozen=True)
-class InnerLoop:
-    """Gradient descent on the support loss, as `torch.optim.SGD` does it, layer by layer.
-
-        v_k = momentum * v_{k-1} + g_k + weight_decay * theta_k          theta_{k+1} = theta_k - rates[k][l] * v_k
-
-    Args:
-        rates: the inner learning rate of each step and layer, [steps][layers]; no step is an empty tuple.
-        adapt: whether each layer moves, [layers].
-        momentum, weight_decay: not negative.
-    """
-
-    rates: tuple[tuple[float, ...], ...]
-    adapt: tuple[bool, ...]
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        for row in self.rates:
-            if len(row) != len(self.adapt):
-                raise ValueError(f"lr has {len(row)} rates a step, adapt has {len(self.adapt)} layers")
-            if not all(math.isfinite(rate) for rate in row):
-                raise ValueError(f"lr is {row}; it takes finite numbers")
-        for name in ("momentum", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} is {value!r}; it takes a number")
-            if not (value >= 0.0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it takes a finite number, not negative")
-
-    @property
-    def steps(self) -> int:
-        return len(self.rates)
-
-    @property
-    def first_adapted(self) -> int:
-        """Index of the first layer that moves; the number of layers when none does."""
-        if not self.steps or not any(self.adapt):
-            return len(self.adapt)
-        return self.adapt.index(True)
-
-    def options(self) -> dict[str, Any]:
-        """The keywords that make this loop, as `FOMAML` and the functions of `reference` take them."""
-        return {
-            "lr": self.rates if self.rates else 0.0,
-            "steps": self.steps,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-            "adapt": [i for i, moves in enumerate(self.adapt) if moves],
-        }
-
-    def layer_rates(self, layer: int) -> tuple[float, ...]:
-        """The rates of one layer, [steps]."""
-        return tuple(row[layer] for row in self.rates)
+OUTER_RULES = ("fomaml", "reptile")
+NONFINITE = ("propagate", "skip")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One task's meta-learning problem: adapt `network` on support samples, measure it on query samples."""
+    """One task's meta-learning problem: adapt `network` on support samples, measure it on query samples.
+
+    Args:
+        outer: "fomaml", the query loss of the adapted network; or "reptile", half the squared distance that a task
+            moves (Nichol et al. 2018), for which there is no query set.
+        multi_step: whether the query loss of every step counts (Antoniou et al. 2019), not the last one's alone.
+        nonfinite: what becomes of a task that diverged: "propagate" it to the mean over tasks, or "skip" it there.
+    """
 
     network: Network
     inner: InnerLoop
     loss: Loss
     outer_loss: Loss
+    outer: str = "fomaml"
+    multi_step: bool = False
+    nonfinite: str = "propagate"
 
     def __post_init__(self) -> None:
         if len(self.inner.adapt) != self.network.depth:
             raise ValueError(f"adapt has {len(self.inner.adapt)} layers, the network has {self.network.depth}")
+        if self.outer not in OUTER_RULES:
+            raise ValueError(f"outer is {self.outer!r}; it takes one of {', '.join(OUTER_RULES)}")
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite is {self.nonfinite!r}; it takes one of {', '.join(NONFINITE)}")
+        if self.multi_step and self.outer == "reptile":
+            raise ValueError("step_weights is given; outer 'reptile' has no query loss to weigh")
+        if self.inner.learn_lr is not None and self.outer == "reptile":
+            raise ValueError("learn_lr is given; outer 'reptile' has no query loss to learn rates from")
 
     def __str__(self) -> str:
-        inner = self.inner
-        parts = [str(self.network), str(self.loss), f"K={inner.steps}"]
-        if self.outer_loss != self.loss:
+        parts = [str(self.network), str(self.loss), str(self.inner)]
+        if self.outer == "reptile":
+            parts.append("outer reptile")
+        elif self.outer_loss != self.loss:
             parts.append(f"outer {self.outer_loss}")
-        if inner.momentum:
-            parts.append(f"momentum {inner.momentum:g}")
-        if inner.weight_decay:
-            parts.append(f"decay {inner.weight_decay:g}")
-        if not all(inner.adapt):
-            parts.append("adapts " + (",".join(str(i) for i, moves in enumerate(inner.adapt) if moves) or "nothing"))
-        return ", ".join(parts)
+        if self.multi_step:
+            parts.append("query loss of every step")
+        if self.nonfinite == "skip":
+            parts.append("skips diverged tasks")
+        return ", ".join([*parts, *self._adapts()])
 
+    def _adapts(self) -> list[str]:
+        """What moves, where it is not all."""
+        if all(self._moves_wholly(i) for i in range(self.network.depth)):
+            return []
+        moving = [
+            str(i) if self._moves_wholly(i) else f"{i} ({' and '.join(parts).replace('_', ' ')})"
+            for i, parts in enumerate(self.inner.adapt)
+            if parts
+        ]
+        return ["adapts " + (",".join(moving) or "nothing")]
 
-def adapted_layers(adapt: str | Iterable[int], depth: int) -> tuple[bool, ...]:
-    """Which layers move, from "all", "head" (the last), "body" (all but the last) or layer indices.
-
-    Raises:
-        ValueError: an unknown name, or an index outside -depth..depth-1.
-        TypeError: neither a name nor indices.
-    """
-    if isinstance(adapt, str):
-        named = {"all": range(depth), "head": range(depth - 1, depth), "body": range(depth - 1)}
-        if adapt not in named:
-            raise ValueError(f"adapt is {adapt!r}; it takes 'all', 'head', 'body' or layer indices")
-        return tuple(i in named[adapt] for i in range(depth))
-    adapt = list(adapt) if isinstance(adapt, Iterable) else adapt
-    try:
-        if any(isinstance(i, bool) for i in adapt):
-            raise TypeError("a mask")
-        indices = [operator.index(i) for i in adapt]
-    except TypeError as error:
-        raise TypeError(f"adapt is {adapt!r}; it takes 'all', 'head', 'body' or layer indices") from error
-    for i in indices:
-        if not -depth <= i < depth:
-            raise ValueError(f"adapt names layer {i}; the network has layers 0 to {depth - 1}")
-    moving = {i % depth for i in indices}
-    return tuple(i in moving for i in range(depth))
-
-
-def inner_rates(lr: Any, steps: int, depth: int) -> tuple[tuple[float, ...], ...]:
-    """The rate of each step and layer, [steps][depth], from a number or anything that broadcasts to that shape.
-
-    A flat list of `depth` numbers is a rate per layer, a column [[a], [b], ...] of `steps` rows a rate per step.
-
-    Raises:
-        ValueError: a negative number of steps, a shape that does not broadcast, or a rate that is not finite.
-        TypeError: `lr` is not made of numbers, or `steps` is no whole number.
-    """
-    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise TypeError(f"steps is {steps!r}; it takes a whole number, 0 or more")
-    steps = operator.index(steps)
-    if steps < 0:
-        raise ValueError(f"steps is {steps}; it takes a whole number, 0 or more")
-    if isinstance(lr, torch.Tensor) and lr.requires_grad:
-        raise TypeError("lr asks for a gradient; rates are values here, and no gradient would reach it")
-    try:
-        values = torch.as_tensor(lr, dtype=torch.float64).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lr is {lr!r}; it takes a number or rows of numbers [steps, layers]") from error
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"lr is {lr}; it takes finite numbers")
-    try:
-        rows = values.broadcast_to(steps, depth)
-    except RuntimeError as error:
-        raise ValueError(
-            f"lr has shape {list(values.shape)}; it takes a number, [layers] = [{depth}], [steps, 1] = [{steps}, 1] "
-            f"or [steps, layers] = [{steps}, {depth}]"
-        ) from error
-    return tuple(tuple(row) for row in rows.tolist())
+    def _moves_wholly(self, i: int) -> bool:
+        return len(self.inner.adapt[i]) == len(self.network.layers[i].parts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fomaml_fused as ff
 from fomaml_fused.engines import fold_step
+from fomaml_fused.network import read_network
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -134,6 +135,11 @@ class Case:
         names = ("lr", "steps", "momentum", "weight_decay", "adapt")
         outer = None if self.outer_loss is None else LOSSES[self.outer_loss]
         return {name: getattr(self, name) for name in names} | {"loss": LOSSES[self.loss], "outer_loss": outer}
+
+
+def flat(model: nn.Module) -> list[Tensor | None]:
+    """A model's parameters as engines list them."""
+    return [p for block in read_network(model)[1] for p in block.parameters().values()]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fomaml_fused.batch import Sizes, Support
 from fomaml_fused.planner import make_plan
 from fomaml_fused.plans import MEMORY_BOUND
 
+from .cases import flat
 from .peak_memory import PeakMemory
 
 
@@ -104,7 +105,7 @@ def test_the_model_of_memory_covers_what_is_allocated() -> None:
         x, q = torch.randn(16, 6, 30), torch.randn(16, 7, 30)
         pairs = [(layer.weight, layer.bias) for layer in model if isinstance(layer, nn.Linear)]
         with torch.no_grad():
-            adapted = batched.adapt(chosen, list(model.parameters()), Support(x, torch.randn(16, 6, 5)))
+            adapted = batched.adapt(chosen, flat(model), Support(x, torch.randn(16, 6, 5)))
             trace = batched.query_pass(adapted, q)
         shared = {t.data_ptr() for pair in pairs for t in pair} | {x.data_ptr()}
         layers = [layer.layer if isinstance(layer, FoldingLayer) else layer for layer in adapted.layers]

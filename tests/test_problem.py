@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import fomaml_fused as ff
+from fomaml_fused.inner import InnerLoop, adapted_parts, inner_rates
 from fomaml_fused.network import read_network
-from fomaml_fused.problem import Activation, InnerLoop, Layer, Network, adapted_layers, inner_rates
+from fomaml_fused.problem import Activation, Layer, Network
 
 MLP = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 shared = nn.Linear(3, 3)
@@ -43,7 +44,8 @@ class Doubled(nn.Sequential):
         ({"adapt": 0}, TypeError, "adapt is 0"),
         ({"adapt": [True, False]}, TypeError, "adapt is .*True.* layer indices"),
         ({"adapt": [0.5]}, TypeError, "adapt is .*0.5"),
-        ({"adapt": ["head"]}, TypeError, "adapt is .*head"),
+        ({"adapt": ["head"]}, ValueError, "adapt names 'head'; the model has the parameters 0.weight, 0.bias"),
+        ({"adapt": [0, "0.weight"]}, TypeError, "adapt is .*layer indices"),
         ({"lr": torch.tensor(0.1, requires_grad=True)}, TypeError, "lr asks for a gradient"),
         ({"momentum": None}, TypeError, "momentum is None; it takes a number"),
         ({"outer_loss": "foo"}, ValueError, "outer_loss is 'foo'; it takes one of mse"),
@@ -85,7 +87,7 @@ def test_bad_models(model: nn.Module, error: type[Exception], message: str) -> N
         (lambda: ff.Loss("huber", delta=0.0), "delta is 0.0"),
         (lambda: ff.Loss("cross_entropy", label_smoothing=1.0), "label_smoothing is 1.0"),
         (lambda: ff.Loss("callable"), "takes a function exactly"),
-        (lambda: InnerLoop(((0.1,),), (True, True)), "lr has 1 rates a step"),
+        (lambda: InnerLoop(((0.1,),), ((), ())), "lr has 1 rates a step"),
     ],
 )
 def test_bad_parts(make: Any, message: str) -> None:
@@ -103,12 +105,12 @@ def test_a_sequential_is_read_as_it_runs() -> None:
         nn.Linear(5, 2),
         ff.Sine(7),
     )
-    network, linears = read_network(model)
+    network, blocks = read_network(model)
     relu = Activation("relu")
     assert network == Network(
         (Layer(3, 4, True, relu), Layer(4, 5, False, relu), Layer(5, 2, True, Activation("sine", (7.0,))))
     )
-    assert linears == [model[0], model[2][0], model[4]]  # type: ignore[index]
+    assert [block.linear for block in blocks] == [model[0], model[2][0], model[4]]  # type: ignore[index]
     assert read_network(nn.Linear(3, 2))[0] == Network((Layer(3, 2),))
 
 
@@ -130,9 +132,20 @@ def test_rates_broadcast_to_steps_and_layers() -> None:
     assert inner_rates(0.5, 0, 3) == ()
 
 
-def test_adapt_names_layers() -> None:
-    assert adapted_layers("all", 3) == (True, True, True)
-    assert adapted_layers("head", 3) == (False, False, True)
-    assert adapted_layers("body", 3) == (True, True, False)
-    assert adapted_layers([-1, 0], 3) == (True, False, True)
-    assert adapted_layers("body", 1) == (False,)
+def test_adapt_names_layers_and_parameters() -> None:
+    layers = [{"weight": "0.weight", "bias": "0.bias"}, {"weight": "2.weight"}, {"weight": "20.weight"}]
+    values = {name: torch.zeros(3) for names in layers for name in names.values()}
+    whole = [tuple(names) for names in layers]
+
+    def parts(adapt: Any) -> list[tuple[str, ...]]:
+        return list(adapted_parts(adapt, layers, values))
+
+    assert parts("all") == whole
+    assert parts("head") == [(), (), whole[2]]
+    assert parts("body") == [*whole[:2], ()]
+    assert parts([-1, 0]) == [whole[0], (), whole[2]]
+    assert parts([]) == [(), (), ()]
+    assert parts(["0.bias"]) == [("bias",), (), ()]
+    assert parts(["2", "0.weight"]) == [("weight",), ("weight",), ()]
+    assert parts(lambda name, p: "weight" in name and p.dim() == 1) == [("weight",), ("weight",), ("weight",)]
+    assert adapted_parts("body", layers[:1], values) == ((),)

@@ -7,7 +7,7 @@ import torch
 
 import fomaml_fused as ff
 
-from .cases import Case, assert_close, relative_error
+from .cases import Case, assert_close, flat, relative_error
 from .kernel_contract import KernelContract, watched
 from .on_kernels import by_kernels, kernel_device, on_device
 
@@ -31,9 +31,9 @@ def test_the_query_outputs_come_with_the_meta_step() -> None:
     outputs = torch.empty(case.tasks, case.queries, 5, device=kernel_device())
     support, query = Support(batch["support_x"], batch["support_y"]), Query(batch["query_x"], batch["query_y"])
     plan = meta.plan(case.tasks, case.shots, case.queries)
-    _, dx, gradients = resident.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0, outputs)
+    _, dx, gradients, _ = resident.step(plan, [False] * 9, flat(model), support, query, 1.0, outputs)
     assert dx is None
-    assert gradients == [None] * 4
+    assert gradients == [None] * 8
     own = ff.FOMAML(case.model(torch.float64), **case.options()).predict(
         *(case.batch(torch.float64)[name] for name in ("support_x", "support_y", "query_x"))
     )
@@ -60,7 +60,7 @@ def test_a_class_that_does_not_exist_makes_its_tasks_loss_nan() -> None:
     for bad in (-100, case.widths[-1]):
         batch["query_y"][1, 0] = bad
         support, query = Support(batch["support_x"], batch["support_y"]), Query(batch["query_x"], batch["query_y"])
-        value, _, _ = resident.step(plan, [False] * 5, list(model.parameters()), support, query, 1.0)
+        value, *_ = resident.step(plan, [False] * 9, flat(model), support, query, 1.0)
         assert value.isnan()
 
 

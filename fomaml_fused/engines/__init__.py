@@ -9,17 +9,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..inner import PARTS
 from ..problem import Problem
 
 if TYPE_CHECKING:
     from ..kernels.configuration import Config
 
-FlatParameters = Sequence[Tensor | None]  # weight, bias, weight, bias, ...
-Gradients = list[Tensor | None]
+# Of each layer those of `PARTS`, None for what it lacks; then rates that are learned: one tensor [K, layers], or [1,
+# layers] where all steps share them, or for rates of elements one of each parameter's shape, None where it stays.
+FlatParameters = Sequence[Tensor | None]
+Gradients = list[Tensor | None]  # alike
+
+
+class Outcome(NamedTuple):
+    """A chunk's meta-step.
+
+    Attributes:
+        value: the tasks' losses times their shares, summed.
+        dx: the gradient of the query features [t, Q, in], if asked for.
+        gradients: the outer gradient of each parameter, if asked for.
+        kept: where diverged tasks are skipped, the shares of the others, summed.
+    """
+
+    value: Tensor
+    dx: Tensor | None
+    gradients: Gradients
+    kept: Tensor | None = None
 
 
 class Planned(Protocol):
@@ -42,6 +61,17 @@ class Planned(Protocol):
     @property
     def config(self) -> Config | None:
         """A kernel's warps and tiles; None without a kernel."""
+
+
+def layers_of(problem: Problem, flat: FlatParameters) -> list[dict[str, Tensor | None]]:
+    """Of each layer what is listed for its parameters, by part."""
+    starts = range(0, len(PARTS) * problem.network.depth, len(PARTS))
+    return [dict(zip(PARTS, flat[start:], strict=False)) for start in starts]
+
+
+def rates_of(problem: Problem, flat: FlatParameters) -> FlatParameters:
+    """What is listed for learned rates."""
+    return flat[len(PARTS) * problem.network.depth :]
 
 
 def fold_step(form: str) -> int | None:

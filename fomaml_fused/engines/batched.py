@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..batch import Query, Support, cast_targets, compute_dtype
+from ..inner import PARTS
 from ..problem import Activation, Problem
-from . import FlatParameters, Gradients, Planned, fold_step
+from . import FlatParameters, Outcome, Planned, fold_step
 from .activations import activation_ops
 from .forms import DualFirstLayer, DualLayer, FoldingLayer, PrimalLayer, SharedLayer
 from .losses import task_loss
@@ -47,7 +48,7 @@ def step(
     support: Support,
     query: Query,
     share: float | Tensor,
-) -> tuple[Tensor, Tensor | None, Gradients]:
+) -> Outcome:
     """The meta-step of a chunk of tasks.
 
     Args:
@@ -55,8 +56,7 @@ def step(
         share: the cotangent of each task's loss, a number or [t].
 
     Returns:
-        The tasks' losses times their shares, summed; the gradient of the query features [t, Q, in]; the outer gradient
-        of each parameter.
+        Value, gradient of the query features, and outer gradients.
     """
     adapted = adapt(plan, parameters, support)
     dtype = compute_dtype(query.x.dtype)
@@ -66,10 +66,10 @@ def step(
     loss = task_loss(plan.problem.outer_loss, cast_targets(query.y, dtype), weight, out_features, dtype)
     value = (loss.values(trace.outputs) * share).sum()
     if not any(needed):
-        return value, None, [None] * len(parameters)
+        return Outcome(value, None, [None] * len(parameters))
     d = loss.gradient(trace.outputs, share if isinstance(share, float) else share[:, None, None])
     dx, gradients = query_backward(adapted, trace, d, needed[1:], needed[0])
-    return value, dx, gradients
+    return Outcome(value, dx, gradients)
 
 
 @lru_cache(maxsize=64)
@@ -84,7 +84,7 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
     """The layers of a chunk of tasks after the inner steps."""
     dtype = compute_dtype(support.x.dtype)
     own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
-    pairs = [(w, b) for w, b in zip(own[0::2], own[1::2], strict=True) if w is not None]
+    pairs = [(w, b) for w, b in zip(own[0 :: len(PARTS)], own[1 :: len(PARTS)], strict=True) if w is not None]
     weight = None if support.weight is None else support.weight.to(dtype)
     return _inner_loop(plan.problem, plan.forms, pairs, support.x.to(dtype), cast_targets(support.y, dtype), weight)
 
@@ -157,14 +157,14 @@ def query_backward(
         The gradient of the query features [T, Q, in], and the outer gradient of each parameter, summed over tasks.
     """
     gradients: list[Tensor | None] = [None] * len(needed)
-    lowest = 0 if features or True not in needed else list(needed).index(True) // 2
+    lowest = 0 if features or True not in needed else list(needed).index(True) // len(PARTS)
     for i in range(len(adapted.layers) - 1, lowest - 1, -1):
         d = activation_ops(adapted.activations[i]).backward(d, trace.saved[i])
         rows = d.flatten(0, 1)  # [T * Q, out]
-        if needed[2 * i]:
-            gradients[2 * i] = rows.t() @ trace.inputs[i].flatten(0, 1)
-        if needed[2 * i + 1]:
-            gradients[2 * i + 1] = rows.sum(0)
+        if needed[len(PARTS) * i]:
+            gradients[len(PARTS) * i] = rows.t() @ trace.inputs[i].flatten(0, 1)
+        if needed[len(PARTS) * i + 1]:
+            gradients[len(PARTS) * i + 1] = rows.sum(0)
         if i > lowest or features:
             d = adapted.layers[i].query_backward(d)
     return (d if features else None), gradients

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..batch import Query, Support, cast_targets
+from ..inner import PARTS
 from ..kernels import dual, outer
 from ..kernels.activations import keeps_output
 from ..kernels.configuration import DualConfig
 from ..kernels.spec import DualSpec, features, outer_tiles, padded
 from ..problem import Loss, Problem
-from . import FlatParameters, Gradients, Planned, fold_step
+from . import FlatParameters, Gradients, Outcome, Planned, fold_step
 from .coefficients import coefficients
 from .launching import compiled_for, inner_numbers, multiprocessors, new, on_device, options, pointers, reduce, split
 from .launching import tensors as contiguous
@@ -125,7 +126,7 @@ def step(
     support: Support,
     query: Query,
     share: float | Tensor,
-) -> tuple[Tensor, Tensor | None, Gradients]:
+) -> Outcome:
     """The meta-step of a chunk of tasks; arguments and results as of `batched.step`."""
     x, y, weight = contiguous(query)
     adapted = adapt(plan, parameters, support)
@@ -133,7 +134,8 @@ def step(
         samples = query_pass(adapted, x)
         loss = _task_loss(plan.problem, plan.problem.outer_loss, y, weight)
         d = loss.gradient(samples.outputs, share if isinstance(share, float) else share[:, None, None])
-        return (loss.values(samples.outputs) * share).sum(), *query_backward(adapted, samples, d, needed[1:], needed[0])
+        value = (loss.values(samples.outputs) * share).sum()
+        return Outcome(value, *query_backward(adapted, samples, d, needed[1:], needed[0]))
     with on_device(x.device):
         samples = _query_samples(adapted, x)
         lowest = _want(adapted, samples, needed[1:], needed[0])
@@ -144,7 +146,7 @@ def step(
         gradient, value = reduce(partials, losses.flatten(), share=samples.unit)
     assert value is not None
     # The mean over no sample is nan, as torch has it.
-    return value if x.shape[1] else value + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:])
+    return Outcome(value if x.shape[1] else value + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:]))
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
@@ -280,7 +282,7 @@ def _want(adapted: Adapted, samples: Samples, needed: Sequence[bool], features: 
     """Make room for gradients; returns the lowest layer whose pre-activations' are wanted, -1 for the features'."""
     x = samples.inputs[0]
     assert x is not None
-    wanted = [w or b for w, b in zip(needed[0::2], needed[1::2], strict=True)]
+    wanted = [w or b for w, b in zip(needed[0 :: len(PARTS)], needed[1 :: len(PARTS)], strict=True)]
     lowest = -1 if features else wanted.index(True) if True in wanted else adapted.depth
     if lowest < adapted.depth:
         # The kernels stop at the first layer that moves at the earliest.
@@ -438,7 +440,7 @@ def _outer(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> Tensor
     if not any(needed):
         return None
     outputs, spec = samples.outputs, adapted.spec
-    wanted = [w or b for w, b in zip(needed[0::2], needed[1::2], strict=True)]
+    wanted = [w or b for w, b in zip(needed[0 :: len(PARTS)], needed[1 :: len(PARTS)], strict=True)]
     gradients = tuple(d if want else None for d, want in zip(samples.gradients, wanted, strict=True))
     rows, tiles = outputs.shape[0] * outputs.shape[1], outer_tiles(spec, adapted.depth)
     # Enough programs that no multiprocessor idles, each with enough samples to be worth its partial sum.

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..batch import Query, Support
+from ..inner import PARTS
 from ..kernels import outer
 from ..kernels.resources import REGISTERS
 from ..kernels.spec import Spec, bias_offset, weight_offset
@@ -129,7 +130,7 @@ def compiled_for(problem: Problem, precision: str) -> dict[str, Any]:
         "widths": problem.network.widths,
         "biases": tuple(layer.bias for layer in described),
         "activations": tuple((layer.activation.name, layer.activation.parameters) for layer in described),
-        "adapts": inner.adapt if inner.steps else (False,) * len(described),
+        "adapts": tuple(bool(parts) and inner.steps > 0 for parts in inner.adapt),
         "loss": _loss(problem.loss),
         "outer_loss": _loss(problem.outer_loss),
         # The first step has no velocity yet, so one step has no momentum.
@@ -148,8 +149,9 @@ def inner_numbers(problem: Problem, device: torch.device) -> Tensor:
 
 
 def pointers(parameters: FlatParameters) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Weights and biases of all layers; kernels take no other parameters."""
     flat = [None if p is None else p.contiguous() for p in parameters]
-    return tuple(flat[0::2]), tuple(flat[1::2])
+    return tuple(flat[0 :: len(PARTS)]), tuple(flat[1 :: len(PARTS)])
 
 
 def tensors(batch: Support | Query) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -168,7 +170,8 @@ def layers(spec: Spec, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
 
 def split(spec: Spec, flat: Tensor | None, needed: Sequence[bool]) -> Gradients:
     """The gradients asked for, as views of the one that the kernels lay out."""
-    if flat is None:
-        return [None] * len(needed)
-    gradients = [gradient for layer in layers(spec, flat) for gradient in layer]
-    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+    found: Gradients = [None] * len(needed)
+    if flat is not None:
+        for i, layer in enumerate(layers(spec, flat)):
+            found[len(PARTS) * i : len(PARTS) * i + 2] = layer
+    return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]

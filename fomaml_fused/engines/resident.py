@@ -14,7 +14,7 @@ from ..kernels import resident
 from ..kernels.configuration import Config
 from ..kernels.spec import Spec
 from ..problem import Problem
-from . import FlatParameters, Gradients, Planned
+from . import FlatParameters, Gradients, Outcome, Planned
 from .launching import (
     compiled_for,
     inner_numbers,
@@ -69,7 +69,7 @@ def step(
     query: Query,
     share: float | Tensor,
     outputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Gradients]:
+) -> Outcome:
     """The meta-step of a chunk of tasks in two launches; arguments and results as of `batched.step`.
 
     Args:
@@ -93,7 +93,7 @@ def step(
         )  # fmt: skip
         gradient, value = reduce(partials, losses, shares, share_of_all)
     assert value is not None
-    return value, dx, split(spec, gradient, needed[1:])
+    return Outcome(value, dx, split(spec, gradient, needed[1:]))
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
