@@ -49,10 +49,29 @@ def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable
 
 def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
     """Why no kernel takes a problem, whatever its size."""
+    inner, network = problem.inner, problem.network
     if sizes.dtype == torch.float64:
         return "kernels compute in float32, the model is float64"
     if max(sizes.shots, sizes.queries) * max(problem.network.widths) >= 2**31:
         return "a task has 2^31 numbers or more, and offsets within a task are 32 bits"
+    if any(layer.norm is not None for layer in network.layers):
+        return "layers are normalized, which kernels do not do"
+    for layer, parts in zip(network.layers, inner.adapt, strict=True):
+        if parts and parts != layer.parts:
+            return "a layer moves in part, and in kernels it moves whole or not at all"
+    for given, rule in (
+        (inner.needs_gradient, inner.needs_gradient),
+        (inner.nesterov, "nesterov is not in the kernels"),
+        (inner.weight_decay and inner.decoupled, "decoupled_weight_decay is not in the kernels"),
+        (inner.max_grad_norm is not None, "max_grad_norm is not in the kernels"),
+        (inner.learn_lr is not None, "learn_lr is not in the kernels"),
+        (problem.outer == "reptile", "outer 'reptile' is not in the kernels"),
+        (problem.multi_step, "step_weights are not in the kernels"),
+        (problem.nonfinite == "skip", "nonfinite 'skip' is not in the kernels"),
+        (sizes.each_step, "support samples of each step are not in the kernels"),
+    ):
+        if given:
+            return rule
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,9 +62,21 @@ class FOMAML(nn.Module):
         steps: int = 1,
         loss: str | Loss | SampleLoss = "mse",
         outer_loss: str | Loss | SampleLoss | None = None,
+        optimizer: str = "sgd",
         momentum: float = 0.0,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+        learn_lr: str | None = None,
+        positive_lr: str | None = None,
         adapt: Adapt = "all",
+        outer: str = "fomaml",
+        step_weights: Sequence[float] | None = None,
+        nonfinite: str = "propagate",
         backend: str = "auto",
         precision: str | None = None,
         compile: bool = False,
@@ -73,17 +86,26 @@ class FOMAML(nn.Module):
         inner = InnerLoop(
             rates=inner_rates(lr, steps, network.depth),
             adapt=adapted_parts(adapt, part_names(model, blocks), dict(model.named_parameters())),
+            optimizer=optimizer,
             momentum=momentum,
+            nesterov=nesterov,
             weight_decay=weight_decay,
+            decoupled=decoupled_weight_decay,
+            betas=tuple(betas),
+            eps=eps,
+            max_grad_norm=max_grad_norm,
+            max_grad_value=max_grad_value,
+            learn_lr=learn_lr,
         )
         inner_loss = Loss.of(loss)
-        outer = inner_loss if outer_loss is None else Loss.of(outer_loss, "outer_loss")
+        outer_rule = inner_loss if outer_loss is None else Loss.of(outer_loss, "outer_loss")
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; it takes None or one of {', '.join(PRECISIONS)}")
         self.model = model
-        self.problem = Problem(network, inner, inner_loss, outer)
+        multi_step = step_weights is not None
+        self.problem = Problem(network, inner, inner_loss, outer_rule, outer, multi_step, nonfinite)
         self.backend, self.precision, self.compiled = backend, precision, compile
         self._blocks, self._read = blocks, list(model.modules())
         self.register_state_dict_post_hook(_to_plain_names)

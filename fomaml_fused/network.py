@@ -52,8 +52,9 @@ class Block:
 
     def parameters(self) -> dict[str, nn.Parameter | None]:
         """By part, in the order of `inner.PARTS`; None for those that it lacks."""
-        own = (self.linear.weight, self.linear.bias)
-        found = own + ((None, None) if self.norm is None else (self.norm.weight, self.norm.bias))
+        found: list[nn.Parameter | None] = []
+        for module in (self.linear, self.norm):
+            found += [None, None] if module is None else [module.weight, module.bias]
         return dict(zip(PARTS, found, strict=True))
 
 

@@ -45,6 +45,13 @@ LOSSES: dict[str, Any] = {
 }
 
 
+# Those that a model and its meta-step share by name with a `Case`.
+OPTIONS = (
+    *("optimizer", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "max_grad_norm", "max_grad_value"),
+    *("adapt", "outer", "step_weights", "nonfinite"),
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """A meta-learning problem that can be built in any dtype, the same numbers each time."""
@@ -60,10 +67,19 @@ class Case:
     queries: int = 4
     steps: int = 2
     lr: Any = 0.1
+    optimizer: str = "sgd"
     momentum: float = 0.0
+    nesterov: bool = False
     weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
     adapt: Any = "all"
+    outer: str = "fomaml"
+    step_weights: tuple[float, ...] | None = None
+    nonfinite: str = "propagate"
     weighted: bool = False
+    each_step: bool = False
     reduction: str = "mean"
     seed: int = 0
     forms: tuple[str, ...] | None = field(default=None, compare=False)
@@ -74,7 +90,7 @@ class Case:
         name = f"{'x'.join(map(str, self.widths))}-{self.activation}-{self.loss}"
         name += f"-T{self.tasks}S{self.shots}Q{self.queries}K{self.steps}"
         plain = Case()
-        for option in ("last_activation", "bias", "outer_loss", "momentum", "weight_decay", "adapt", "weighted", "lr"):
+        for option in ("last_activation", "bias", "outer_loss", *OPTIONS, "weighted", "each_step", "lr"):
             if getattr(self, option) != getattr(plain, option):
                 name += f"-{option}={getattr(self, option)}"
         return name
@@ -99,25 +115,28 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        def targets(loss: str, samples: int) -> Tensor:
-            shape = (self.tasks, samples)
+        def targets(loss: str, *samples: int) -> Tensor:
+            shape = (self.tasks, *samples)
             if "cross_entropy" in loss:
                 return torch.randint(self.widths[-1], shape, generator=generator)
             values = normal(*shape, self.widths[-1])
             return (values.sigmoid() if loss == "bce_with_logits" else values).to(dtype)
 
+        support = (self.steps, self.shots) if self.each_step else (self.shots,)
         batch: dict[str, Any] = {
-            "support_x": normal(self.tasks, self.shots, self.widths[0]).to(dtype),
-            "support_y": targets(self.loss, self.shots),
+            "support_x": normal(self.tasks, *support, self.widths[0]).to(dtype),
+            "support_y": targets(self.loss, *support),
             "query_x": normal(self.tasks, self.queries, self.widths[0]).to(dtype),
             "query_y": targets(self.outer_loss or self.loss, self.queries),
         }
         self._jitter(batch["support_x"])
         self._jitter(batch["query_x"]).requires_grad_()
         if self.weighted:
-            for name, shape in (("support", (self.tasks, self.shots)), ("query", (self.tasks, self.queries))):
+            for name, shape in (("support", (self.tasks, *support)), ("query", (self.tasks, self.queries))):
                 weight = torch.rand(shape, generator=generator, dtype=torch.float64)
-                weight[:, 1:] *= torch.rand(shape, generator=generator, dtype=torch.float64)[:, 1:] > 0.3  # a mask too
+                weight[..., 1:] *= (
+                    torch.rand(shape, generator=generator, dtype=torch.float64)[..., 1:] > 0.3
+                )  # a mask too
                 batch[f"{name}_weight"] = weight.to(dtype)
             batch["task_weight"] = torch.rand(self.tasks, generator=generator, dtype=torch.float64).to(dtype)
         return batch
@@ -132,7 +151,7 @@ class Case:
         return values
 
     def options(self) -> dict[str, Any]:
-        names = ("lr", "steps", "momentum", "weight_decay", "adapt")
+        names = ("lr", "steps", *OPTIONS)
         outer = None if self.outer_loss is None else LOSSES[self.outer_loss]
         return {name: getattr(self, name) for name in names} | {"loss": LOSSES[self.loss], "outer_loss": outer}
 

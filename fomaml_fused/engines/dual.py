@@ -143,10 +143,10 @@ def step(
         losses = new(x.device, *x.shape[:2])
         _query(adapted, samples, lowest, y=y, counts=counts, losses=losses)
         partials = _outer(adapted, samples, needed[1:])
-        gradient, value = reduce(partials, losses.flatten(), share=samples.unit)
-    assert value is not None
+        gradient, total = reduce(partials, losses.flatten(), share=samples.unit)
+    assert total is not None
     # The mean over no sample is nan, as torch has it.
-    return Outcome(value if x.shape[1] else value + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:]))
+    return Outcome(total if x.shape[1] else total + math.nan, samples.dx, split(adapted.spec, gradient, needed[1:]))
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
