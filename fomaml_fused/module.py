@@ -91,7 +91,7 @@ class FOMAML(nn.Module):
             nesterov=nesterov,
             weight_decay=weight_decay,
             decoupled=decoupled_weight_decay,
-            betas=tuple(betas),
+            betas=betas,
             eps=eps,
             max_grad_norm=max_grad_norm,
             max_grad_value=max_grad_value,
