@@ -21,7 +21,8 @@ from ..problem import Problem
 from . import FlatParameters, Gradients, Outcome, Planned
 from .cells import Backward, Builder, Cell, Reversed, Saved
 from .losses import TaskLoss, task_loss
-from .outer import Outer, contract, displacement, rate_gradients
+from .outer import Outer, contract, rate_gradients
+from .rules import kept
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Adapted:
 
     problem: Problem
     cells: list[Cell]
+    tasks: int
 
 
 @dataclass
@@ -72,8 +74,7 @@ def step(
     """
     problem = plan.problem
     if query is None:
-        cells = adapt(plan, parameters, support).cells
-        return displacement(cells, problem, needed, parameters, share, support.x.shape[0])
+        return reptile(adapt(plan, parameters, support), needed, share)
     dtype = compute_dtype(query.x.dtype)
     x = query.x.to(dtype)
     loss = query_loss(problem, query, dtype)
@@ -103,6 +104,36 @@ def step(
     return outer.outcome()
 
 
+def reptile(adapted: Adapted, needed: Sequence[bool], share: float | Tensor) -> Outcome:
+    """Reptile's meta-step: half the squared distances that tasks move, and how far they move, times their shares."""
+    values = half_squared_distances(adapted)
+    shares = share if isinstance(share, Tensor) else torch.full_like(values, share)
+    keep, total = None, None
+    if adapted.problem.nonfinite == "skip":
+        keep = values.isfinite()
+        shares = kept(shares, keep)
+        total = shares.sum()
+    gradients = displacements(adapted, shares, needed[1:], keep)
+    return Outcome((kept(values, keep) * shares).sum(), None, gradients, total)
+
+
+def half_squared_distances(adapted: Adapted) -> Tensor:
+    """Of each task, [T]."""
+    squared = [term for cell in adapted.cells for term in cell.squared_displacement()]
+    if not squared:
+        return adapted.cells[0].form.weight.new_zeros(adapted.tasks)
+    return torch.stack(squared).sum(0) / 2
+
+
+def displacements(adapted: Adapted, shares: Tensor, needed: Sequence[bool], keep: Tensor | None = None) -> Gradients:
+    """`theta_0 - theta_K` of each parameter asked for, times shares [T], summed over tasks, those to keep."""
+    if not any(needed):
+        return [None] * len(needed)
+    found = [part for cell in adapted.cells for part in cell.displacement(shares, keep)]
+    found += [None] * (len(needed) - len(found))
+    return [value if need else None for value, need in zip(found, needed, strict=True)]
+
+
 @lru_cache(maxsize=64)
 def compiled_step(plan: Planned, needed: tuple[bool, ...]) -> Callable[..., Any]:
     """`step` of a plan through `torch.compile`: one graph, static shapes."""
@@ -117,7 +148,11 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
 
 
 def trajectory(
-    plan: Planned, parameters: FlatParameters, support: Support, visit: Callable[[Adapted, int], None], record: Record
+    plan: Planned,
+    parameters: FlatParameters,
+    support: Support,
+    visit: Callable[[Adapted, int], None],
+    record: Record | None = None,
 ) -> Adapted:
     """As `adapt`; visit: called with the tasks as they are before the first and after each step, and its number."""
     return _inner_loop(plan, parameters, support, visit, record)
@@ -136,7 +171,7 @@ def _inner_loop(
     own = [p if p is None or p.dtype == dtype else p.to(dtype) for p in parameters]
     builder = Builder(problem, plan.forms, own)
     tasks, shots = support.x.shape[0], support.x.shape[-2]
-    adapted = Adapted(problem, [builder.cell(i, None, tasks, shots) for i in range(first)])
+    adapted = Adapted(problem, [builder.cell(i, None, tasks, shots) for i in range(first)], tasks)
     x = support.x.to(dtype)
     # Below the first layer that moves, support features stay the same at every step.
     if first < depth and first > 0:
@@ -165,8 +200,8 @@ def _step(moving: list[Cell], x: Tensor, loss: TaskLoss, problem: Problem, recor
     """One inner step of the layers from the first that moves."""
     inner, saved, h = problem.inner, [], x
     for cell in moving:
-        h, kept = cell.forward(h)
-        saved.append(kept)
+        h, left = cell.forward(h)
+        saved.append(left)
     found: list[Reversed] = []
     d = loss.gradient(h, 1.0)
     for i in range(len(moving) - 1, -1, -1):
@@ -231,8 +266,8 @@ def query_pass(adapted: Adapted, x: Tensor) -> Trace:
     x = x.to(compute_dtype(x.dtype))
     saved = []
     for cell in adapted.cells:
-        x, kept = cell.forward(x, query=True)
-        saved.append(kept)
+        x, left = cell.forward(x, query=True)
+        saved.append(left)
     return Trace(x, saved)
 
 

@@ -94,31 +94,6 @@ def rate_gradients(problem: Problem, cells: list[Cell], found: Backward, needed:
     return {start: whole}
 
 
-def displacement(
-    cells: list[Cell],
-    problem: Problem,
-    needed: Sequence[bool],
-    parameters: FlatParameters,
-    share: float | Tensor,
-    tasks: int,
-) -> Outcome:
-    """Reptile's meta-step: half the squared distances that tasks move, and how far they move, times their shares."""
-    squared = [term for cell in cells for term in cell.squared_displacement()]
-    like = next(p for p in parameters if p is not None)
-    values = torch.stack(squared).sum(0) / 2 if squared else like.new_zeros(tasks)
-    shares = share if isinstance(share, Tensor) else torch.full_like(values, share)
-    keep, total = None, None
-    if problem.nonfinite == "skip":
-        keep = values.isfinite()
-        shares = kept(shares, keep)
-        total = shares.sum()
-    gradients: Gradients = [None] * len(parameters)
-    if any(needed[1:]):
-        found = [part for cell in cells for part in cell.displacement(shares, keep)]
-        gradients[: len(found)] = [g if need else None for g, need in zip(found, needed[1:], strict=False)]
-    return Outcome((kept(values, keep) * shares).sum(), None, gradients, total)
-
-
 def _add(gradients: Gradients, i: int, gradient: Tensor) -> None:
     before = gradients[i]
     gradients[i] = gradient if before is None else before.add_(gradient)
