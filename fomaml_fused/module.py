@@ -487,15 +487,6 @@ class FOMAML(nn.Module):
         return [names.get(part) for names in layers for part in PARTS]
 
 
-class ANIL(FOMAML):
-    """`FOMAML` whose inner loop moves the head alone (Raghu et al. 2020); every layer gets its outer gradient."""
-
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        if "adapt" in options:
-            raise TypeError("ANIL adapts the head; FOMAML takes adapt")
-        super().__init__(model, adapt="head", **options)
-
-
 def _to_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Drop `model.` from the names, so that the state dict is the plain model's."""
     assert isinstance(module, FOMAML)
