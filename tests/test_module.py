@@ -190,7 +190,7 @@ def test_a_model_of_two_dtypes_is_an_error() -> None:
 )
 def test_presets_do_not_take_what_they_set(preset: type[ff.FOMAML], option: str) -> None:
     with pytest.raises(TypeError, match=f"{preset.__name__} is FOMAML with {option}="):
-        preset(CASE.model(torch.float64), **{option: "all"})
+        preset(CASE.model(torch.float64), **{option: "all"})  # type: ignore[arg-type]
 
 
 def test_repr_says_what_is_computed() -> None:
