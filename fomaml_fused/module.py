@@ -437,7 +437,7 @@ class FOMAML(nn.Module):
         """As engines list them; problem: with fewer inner steps than this module's, for a group of tasks."""
         if list(self.model.modules()) != self._read:
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
-        flat = [p for block in self._blocks for p in block.parameters().values()]
+        flat = [p for block in self._blocks for p in block.listed()]
         like = self._like
         for p in flat:
             if p is not None and (p.dtype != like.dtype or p.device != like.device):

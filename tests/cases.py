@@ -203,7 +203,7 @@ class Case:
 
 def flat(model: nn.Module) -> list[Tensor | None]:
     """A model's parameters as engines list them."""
-    return [p for block in read_network(model)[1] for p in block.parameters().values()]
+    return [p for block in read_network(model)[1] for p in block.listed()]
 
 
 @dataclass(frozen=True)
