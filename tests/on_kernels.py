@@ -52,7 +52,7 @@ def _rounded(case: Case, precision: str) -> Solution:
         if isinstance(module, nn.Linear):
             module.forward = _RoundedForward(module, precision)  # type: ignore[assignment]
     return Solution.of(
-        lambda **batch: ff.reference.meta_loss(model, **batch, **case.options()), case, model, torch.float32
+        lambda **batch: ff.reference.meta_loss(model, **batch, **case.oracle_options()), case, model, torch.float32
     )
 
 

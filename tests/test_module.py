@@ -27,7 +27,7 @@ def test_a_training_loop_follows_the_oracles() -> None:
     for seed in range(20):
         batch = Case(**{**vars(CASE), "seed": seed}).batch(torch.float64)
         for optimizer, loss in zip(
-            optimizers, (meta(**batch), ff.reference.meta_loss(theirs, **batch, **CASE.options())), strict=True
+            optimizers, (meta(**batch), ff.reference.meta_loss(theirs, **batch, **CASE.oracle_options())), strict=True
         ):
             optimizer.zero_grad()
             loss.backward()
