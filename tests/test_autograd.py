@@ -159,7 +159,7 @@ def test_the_parameters_of_a_callable_outer_loss_get_their_gradient(reduction: s
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (scale * outputs - targets).square().mean(-1)
 
-    batch, options = CASE.batch(torch.float64), CASE.options() | {"outer_loss": loss}
+    batch, options = CASE.batch(torch.float64), CASE.oracle_options() | {"outer_loss": loss}
     meta = ff.FOMAML(CASE.model(torch.float64), **options)
     reference = ff.reference.meta_loss(meta.model, **batch, **options, reduction=reduction)
     (actual,) = torch.autograd.grad(meta(**batch, reduction=reduction).sum(), scale)
