@@ -34,10 +34,11 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
     if obstacle is not None or operands is None:
         why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
         return dict.fromkeys(KERNEL_ENGINES, why)
+    loss, rule = _callable(problem), _dual_obstacle(problem, sizes)
     return {
-        "resident": _callable(problem) or _resident(problem, sizes, told, device, operands),
-        "dual": _callable(problem) or _dual("dual", problem, sizes, told, device, operands),
-        "layered": _dual("layered", problem, sizes, told, device, operands),
+        "resident": loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
+        "dual": loss or rule or _dual("dual", problem, sizes, told, device, operands),
+        "layered": rule or _dual("layered", problem, sizes, told, device, operands),
     }
 
 
@@ -59,6 +60,22 @@ def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
     for layer, parts in zip(network.layers, inner.adapt, strict=True):
         if parts and parts != layer.parts:
             return "a layer moves in part, and in kernels it moves whole or not at all"
+    return None
+
+
+def _resident_obstacle(problem: Problem) -> str | None:
+    """The rule that the resident kernel does not have."""
+    inner = problem.inner
+    if inner.learn_lr is not None:
+        return "learn_lr is not in the kernel"
+    if inner.optimizer == "adam" and inner.eps < torch.finfo(torch.float32).tiny:
+        return f"eps is {inner.eps:g}, and the padding of tiles would be 0 / 0"
+    return None
+
+
+def _dual_obstacle(problem: Problem, sizes: Sizes) -> str | None:
+    """The rule that the dual kernels do not have."""
+    inner = problem.inner
     for given, rule in (
         (inner.needs_gradient, inner.needs_gradient),
         (inner.nesterov, "nesterov is not in the kernels"),
@@ -103,7 +120,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
     config = told.config if type(told.config) is Config else tuned or usual
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
-    spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config)
+    spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config, sizes.each_step)
     need = resident_need(spec, config)
     obstacle = _unfit(need, sizes)
     if obstacle is not None:

@@ -102,6 +102,14 @@ def store_samples(p_x, b_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def add_samples(p_x, b_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    """Add columns [WIDTH, B] to samples o ... of task i_t in [T, N, WIDTH], which is this program's own."""
+    # Other threads of this program may have stored what this one is about to load.
+    tl.debug_barrier()
+    store_samples(p_x, load_samples(p_x, i_t, o, N, WIDTH, SPEC) + b_x, i_t, o, N, WIDTH, SPEC)
+
+
+@triton.jit
 def load_batch(p_x, p_y, p_r, i_t, o, N, LOSS: tl.constexpr, SPEC: tl.constexpr):
     """Samples o ... of task i_t: features [IN, B], targets [OUT, B], weights [1, B]."""
     OUT: tl.constexpr = width(SPEC, depth(SPEC))
@@ -165,6 +173,24 @@ def scaled(blocks, scale):
     for i in tl.static_range(len(blocks)):
         found = found + (blocks[i] * scale,)
     return found
+
+
+@triton.jit
+def kept_if(condition, blocks):
+    """Tiles where a condition holds, else tiles of 0."""
+    found = ()
+    for i in tl.static_range(len(blocks)):
+        found = found + (tl.where(condition, blocks[i], 0.0),)
+    return found
+
+
+@triton.jit
+def not_finite(blocks):
+    """How many elements of tiles are infinite or not a number."""
+    count = tl.full((), 0, tl.int32)
+    for i in tl.static_range(len(blocks)):
+        count += tl.sum((~(tl.abs(blocks[i]) < float("inf"))).to(tl.int32))
+    return count
 
 
 @triton.jit
