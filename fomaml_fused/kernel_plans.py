@@ -66,8 +66,10 @@ def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
 def _resident_obstacle(problem: Problem) -> str | None:
     """The rule that the resident kernel does not have."""
     inner = problem.inner
-    if inner.learn_lr is not None:
-        return "learn_lr is not in the kernel"
+    if inner.learn_lr == "element":
+        return "rates of elements are not in the kernel"
+    if inner.learns_each_step and inner.steps > 1:
+        return "rates of each step take what each has multiplied, of which the kernel keeps the sum"
     if inner.optimizer == "adam" and inner.eps < torch.finfo(torch.float32).tiny:
         return f"eps is {inner.eps:g}, and the padding of tiles would be 0 / 0"
     return None
@@ -135,7 +137,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
         config,
         # What is tuned is compared with other engines by what it was before.
         resident_work(problem, sizes, usual or config, precision),
-        held=4.0 * spec.parameters,
+        held=4.0 * spec.parameters * (2 if spec.learns else 1),
         reason=f"one program a task, {_layout(config, precision)}; about {need.registers} registers a thread, "
         f"{need.shared:,} bytes of shared memory",
     )

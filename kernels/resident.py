@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .losses import sample_losses
 from .mlp import backward, forward
-from .rules import after_gradient, before_gradient, rates, start
+from .rules import add_to_rates, after_gradient, before_gradient, halves, no_rates, start
 from .spec import (
     adapted,
     depth,
@@ -46,20 +46,22 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["T", "S", "Q", "K"])
 def meta_kernel(
-    p_weights, p_biases, p_inner, p_x, p_y, p_r, p_query_x, p_query_y, p_query_r, p_step_weight, p_share, share,
-    p_loss, p_kept, p_out, p_dx, p_partials, T, S, Q, K, SPEC: tl.constexpr,
+    p_weights, p_biases, p_inner, p_rates, p_x, p_y, p_r, p_query_x, p_query_y, p_query_r, p_step_weight, p_share,
+    share, p_loss, p_kept, p_out, p_dx, p_partials, T, S, Q, K, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Adapt to each task's support set, then take its query loss and the gradients of that.
 
-    p_weights, p_biases: of each layer [out, in] and [out], or None.  p_inner: what `rules` reads.  p_x, p_query_x: [T,
-    S, in], [T, Q, in].  p_y, p_query_y: class indices [T, S], [T, Q] or values [T, S, out], [T, Q, out].  p_r,
-    p_query_r: weights of samples, [T, S], [T, Q], or None.  Where each step has samples of its own, support sets are
-    [T, K, S, ...].  p_step_weight: what the query loss after each step counts [K], where not the last one's alone does.
-    p_share: the cotangent of each task's loss [T], or None where all have `share`.
+    p_weights, p_biases: of each layer [out, in] and [out], or None.  p_inner: what `rules` reads.  p_rates: the rate of
+    each layer where it is learned [layers], or None.  p_x, p_query_x: [T, S, in], [T, Q, in].  p_y, p_query_y: class
+    indices [T, S], [T, Q] or values [T, S, out], [T, Q, out].  p_r, p_query_r: weights of samples, [T, S], [T, Q], or
+    None.  Where each step has samples of its own, support sets are [T, K, S, ...].  p_step_weight: what the query loss
+    after each step counts [K], where not the last one's alone does.  p_share: the cotangent of each task's loss [T], or
+    None where all have `share`.
 
     p_loss: [T].  p_kept: whether each task is finite, 1 or 0, [T], where others are left out.  p_out: outputs [T, Q,
     out].  p_dx: gradient of the query features [T, Q, in]; where every step counts, 0 to start from.  p_partials:
-    gradient of all parameters, summed over each program's tasks, [programs, parameters].  The last three may be None:
+    gradient of all parameters, and behind them of rates that are learned, summed over each program's tasks, [programs,
+    parameters].  The last three may be None:
     not wanted. For Reptile there is no query set, the loss is half the squared distance that a task goes.
     """
     i_p = tl.program_id(0)
@@ -68,9 +70,10 @@ def meta_kernel(
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_parameters(p_weights, p_biases, SPEC)
         if not SPEC.multi_step:
-            weights, biases = _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC)
+            weights, biases, state = _adapt(weights, biases, p_inner, p_rates, p_x, p_y, p_r, i_t, S, K, SPEC)
         if p_share is not None:
             share = tl.load(p_share + i_t)
+        rates = no_rates(SPEC)
         if SPEC.reptile:
             loss, sums = _way(p_weights, p_biases, weights, biases, SPEC)
             part_of_sums = share
@@ -91,14 +94,22 @@ def meta_kernel(
                 state = start(weights, biases, SPEC)
                 for k in tl.range(0, K, disable_licm=tight(SPEC)):
                     weights, biases, state = _step(
-                        weights, biases, state, support, p_inner, p_x, p_y, p_r, i_t, S, k, K, SPEC
+                        weights, biases, state, support, p_inner, p_rates, p_x, p_y, p_r, i_t, S, k, K, SPEC
                     )
                     weight = tl.load(p_step_weight + k)
                     if weight != 0.0:
-                        b_loss, sums = _query_pass(
+                        # Rates are in the steps before a query pass alone, so there its gradient is taken by itself.
+                        own = sums
+                        if SPEC.learns:
+                            own = zeros(weights), zeros(biases)
+                        b_loss, own = _query_pass(
                             weights, biases, batch, p_query_x, p_query_y, p_query_r, part * weight, part_of_sums,
-                            weight, None, p_dx, p_partials is not None, b_loss, sums, i_t, Q, SPEC,
+                            weight, None, p_dx, p_partials is not None, b_loss, own, i_t, Q, SPEC,
                         )  # fmt: skip
+                        if SPEC.learns:
+                            rates = add_to_rates(rates, state[2], own, SPEC)
+                            own = plus(sums[0], own[0], 1.0), plus(sums[1], own[1], 1.0)
+                        sums = own
                 if p_out is not None:
                     _outputs(weights, biases, p_query_x, p_out, i_t, Q, SPEC)
             else:
@@ -106,28 +117,41 @@ def meta_kernel(
                     weights, biases, batch, p_query_x, p_query_y, p_query_r, part, part_of_sums,
                     1.0, p_out, p_dx, p_partials is not None, b_loss, sums, i_t, Q, SPEC,
                 )  # fmt: skip
+                if SPEC.learns:
+                    rates = add_to_rates(rates, state[2], sums, SPEC)
             # The mean over no query, 0 * inf, is nan, as torch has it.
             loss = tl.sum(b_loss) * scale
         if SPEC.skips:
-            kept = (tl.abs(loss) < float("inf")) & (not_finite(sums[0]) + not_finite(sums[1]) == 0)
+            strange = not_finite(sums[0]) + not_finite(sums[1]) + not_finite(rates)
+            kept = (tl.abs(loss) < float("inf")) & (strange == 0)
             loss = tl.where(kept, loss, 0.0)
             sums = kept_if(kept, sums[0]), kept_if(kept, sums[1])
+            rates = kept_if(kept, rates)
             tl.store(p_kept + i_t, tl.where(kept, 1.0, 0.0))
             if p_dx is not None:
                 _clear(p_dx, i_t, tl.where(kept, 0, Q), Q, SPEC)
         tl.store(p_loss + i_t, loss)
         if p_partials is not None:
-            add_to_partials(p_partials, sums, part_of_sums, i_p, i > i_p, SPEC)
+            add_to_partials(p_partials, sums, rates, part_of_sums, i_p, i > i_p, SPEC)
 
 
 @triton.jit(do_not_specialize=["T", "S", "K"])
-def adapt_kernel(p_weights, p_biases, p_inner, p_x, p_y, p_r, p_fast, T, S, K, SPEC: tl.constexpr):
-    """Adapt to each task's support set; p_fast: its parameters, [T, parameters].  Others as in `meta_kernel`."""
+def adapt_kernel(
+    p_weights, p_biases, p_inner, p_rates, p_x, p_y, p_r, p_fast, p_directions, T, S, K, SPEC: tl.constexpr
+):
+    """Adapt to each task's support set.  Others as in `meta_kernel`.
+
+    p_fast: its parameters, [T, parameters].  p_directions: the sum of what rates that are learned multiplied, alike, or
+    None.
+    """
     for i in tl.range(tl.program_id(0), T, tl.num_programs(0), disable_licm=tight(SPEC)):
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_parameters(p_weights, p_biases, SPEC)
-        weights, biases = _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC)
+        weights, biases, state = _adapt(weights, biases, p_inner, p_rates, p_x, p_y, p_r, i_t, S, K, SPEC)
         store_parameters(p_fast + i_t * weight_offset(SPEC, depth(SPEC)), weights, biases, SPEC)
+        if p_directions is not None:
+            weights, biases = halves(state[2])
+            store_parameters(p_directions + i_t * weight_offset(SPEC, depth(SPEC)), weights, biases, SPEC)
 
 
 @triton.jit(do_not_specialize=["T", "Q"])
@@ -140,7 +164,7 @@ def query_kernel(p_fast, p_query_x, p_out, T, Q, SPEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "Q"])
-def query_backward_kernel(p_fast, p_query_x, p_d, p_dx, p_partials, T, Q, SPEC: tl.constexpr):
+def query_backward_kernel(p_fast, p_directions, p_query_x, p_d, p_dx, p_partials, T, Q, SPEC: tl.constexpr):
     """The gradients of adapted networks, from those of their outputs, p_d [T, Q, out].  Others as above."""
     i_p = tl.program_id(0)
     for i in tl.range(i_p, T, tl.num_programs(0)):
@@ -155,17 +179,23 @@ def query_backward_kernel(p_fast, p_query_x, p_d, p_dx, p_partials, T, Q, SPEC: 
                 b_d, weights, inputs, kept, sums, p_dx, 1.0, p_partials is not None, False, i_t, o, Q, SPEC
             )
         if p_partials is not None:
-            add_to_partials(p_partials, sums, 1.0, i_p, i > i_p, SPEC)
+            rates = no_rates(SPEC)
+            if p_directions is not None:
+                directions = load_fast(p_directions, i_t, SPEC)
+                rates = add_to_rates(rates, directions[0] + directions[1], sums, SPEC)
+            add_to_partials(p_partials, sums, rates, 1.0, i_p, i > i_p, SPEC)
 
 
 @triton.jit
-def _adapt(weights, biases, p_inner, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexpr):
+def _adapt(weights, biases, p_inner, p_rates, p_x, p_y, p_r, i_t, S, K, SPEC: tl.constexpr):
     """K steps of gradient descent on the support set of task i_t."""
     support = _support(p_x, p_y, p_r, i_t, S, SPEC)
     state = start(weights, biases, SPEC)
     for k in tl.range(0, K, disable_licm=tight(SPEC)):
-        weights, biases, state = _step(weights, biases, state, support, p_inner, p_x, p_y, p_r, i_t, S, k, K, SPEC)
-    return weights, biases
+        weights, biases, state = _step(
+            weights, biases, state, support, p_inner, p_rates, p_x, p_y, p_r, i_t, S, k, K, SPEC
+        )
+    return weights, biases, state
 
 
 @triton.jit
@@ -189,7 +219,7 @@ def _one_tile(p_x, p_y, p_r, i_set, N, LOSS: tl.constexpr, ONE: tl.constexpr, SP
 
 
 @triton.jit
-def _step(weights, biases, state, support, p_inner, p_x, p_y, p_r, i_t, S, k, K, SPEC: tl.constexpr):
+def _step(weights, biases, state, support, p_inner, p_rates, p_x, p_y, p_r, i_t, S, k, K, SPEC: tl.constexpr):
     """Step k of task i_t: the weights and biases after it, and what is remembered of it."""
     scale, batch = support
     i_set = i_t
@@ -197,15 +227,16 @@ def _step(weights, biases, state, support, p_inner, p_x, p_y, p_r, i_t, S, k, K,
         i_set = i_t * K + k
         scale = 1.0 / total_weight(p_r, i_set, S, SPEC)
         batch = _one_tile(p_x, p_y, p_r, i_set, S, support_loss(SPEC), SPEC.one_support_tile, SPEC)
-    p_rates = rates(p_inner, k, SPEC)
-    sums = before_gradient(weights, biases, state, p_inner, k, SPEC)
+    if not SPEC.learns:
+        p_rates = p_inner + 2 + k * depth(SPEC)
+    sums = before_gradient(weights, biases, state, p_inner, p_rates, SPEC)
     if SPEC.one_support_tile:
         sums = _add_gradient(sums, weights, biases, batch, scale, p_rates, SPEC)
     else:
         for o in tl.range(0, S, samples(SPEC)):
             tile = load_batch(p_x, p_y, p_r, i_set, o, S, support_loss(SPEC), SPEC)
             sums = _add_gradient(sums, weights, biases, tile, scale, p_rates, SPEC)
-    return after_gradient(weights, biases, state, sums, p_inner, k, K, SPEC)
+    return after_gradient(weights, biases, state, sums, p_inner, p_rates, k, K, SPEC)
 
 
 @triton.jit

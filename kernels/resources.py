@@ -43,6 +43,7 @@ def resident_need(spec: Spec, config: Config) -> Need:
     # A velocity stands beside them too, and so do the sums of a step that walks over samples, a gradient that is
     # gathered, both moments of Adam; and beside all of these the outer gradient, where every step has its part in it.
     copies += spec.momentum + max(full(spec), gathers(spec)) + 1.5 * spec.adam + spec.multi_step
+    copies += spec.learns * (1 + spec.multi_step)
     if spec.multi_step and spec.one_query_tile:
         activations += spec.samples * (padded(spec.widths[0]) + padded(spec.widths[-1])) // 2
     registers = 64 + (int(copies * sum(tiles)) + 2 * activations) // threads + per_layer * len(tiles)

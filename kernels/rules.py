@@ -16,20 +16,25 @@ from .tiles import plus, scaled, zeros
 def start(weights, biases, SPEC: tl.constexpr):
     """What a task remembers of earlier steps, before the first: a velocity, or both moments of Adam.
 
-    Tiles of weights and of biases; where gradients are gathered, one tuple of both.
+    Tiles of weights and of biases. Where gradients are gathered, of both in one tuple: the velocity or the first
+    moment, the second moment if there is one, and the sum of what rates that are learned have multiplied.
     """
-    if SPEC.adam:
-        state = zeros(weights + biases), zeros(weights + biases)
-    elif gathers(SPEC):
-        state = zeros(weights + biases), ()
+    if gathers(SPEC):
+        second = ()
+        directions = ()
+        if SPEC.adam:
+            second = zeros(weights + biases)
+        if SPEC.learns:
+            directions = zeros(weights + biases)
+        state = zeros(weights + biases), second, directions
     else:
         state = zeros(weights), zeros(biases)
     return state
 
 
 @triton.jit
-def before_gradient(weights, biases, state, p_inner, k, SPEC: tl.constexpr):
-    """What the gradient of step k is added to: the weights themselves, or their velocity, or nothing yet."""
+def before_gradient(weights, biases, state, p_inner, p_rates, SPEC: tl.constexpr):
+    """What the gradient of a step is added to: the weights themselves, or their velocity, or nothing yet."""
     if gathers(SPEC):
         sums = zeros(weights), zeros(biases)
     elif SPEC.momentum:
@@ -38,7 +43,6 @@ def before_gradient(weights, biases, state, p_inner, k, SPEC: tl.constexpr):
             sums = plus(sums[0], weights, tl.load(p_inner + 1)), plus(sums[1], biases, tl.load(p_inner + 1))
     elif SPEC.decay:
         decay = tl.load(p_inner + 1)
-        p_rates = rates(p_inner, k, SPEC)
         sums = (
             _moved(weights, scaled(weights, decay), p_rates, SPEC),
             _moved(biases, scaled(biases, decay), p_rates, SPEC),
@@ -49,12 +53,11 @@ def before_gradient(weights, biases, state, p_inner, k, SPEC: tl.constexpr):
 
 
 @triton.jit
-def after_gradient(weights, biases, state, sums, p_inner, k, K, SPEC: tl.constexpr):
+def after_gradient(weights, biases, state, sums, p_inner, p_rates, k, K, SPEC: tl.constexpr):
     """The weights and biases after step k, and what is remembered of it."""
-    p_rates = rates(p_inner, k, SPEC)
     if gathers(SPEC):
         points, state = _followed(weights + biases, state, sums[0] + sums[1], p_inner, p_rates, k, K, SPEC)
-        weights, biases = _halves(points)
+        weights, biases = halves(points)
     elif SPEC.momentum:
         state = sums
         if SPEC.decay and SPEC.decoupled:
@@ -66,9 +69,30 @@ def after_gradient(weights, biases, state, sums, p_inner, k, K, SPEC: tl.constex
 
 
 @triton.jit
-def rates(p_inner, k, SPEC: tl.constexpr):
-    """Where the rates of step k are, one a layer."""
-    return p_inner + 2 + k * depth(SPEC)
+def no_rates(SPEC: tl.constexpr):
+    """The gradient of each layer's rate before anything is known of it, where they are learned."""
+    found = ()
+    if SPEC.learns:
+        for _ in tl.static_range(depth(SPEC)):
+            found = found + (tl.full((), 0.0, tl.float32),)
+    return found
+
+
+@triton.jit
+def add_to_rates(gradients, directions, sums, SPEC: tl.constexpr):
+    """Gradients of rates, and what a query gradient adds to them: its product with what they multiplied, negative.
+
+    directions: as `start` has them.
+    """
+    found = ()
+    for i in tl.static_range(depth(SPEC)):
+        gradient = gradients[i]
+        if SPEC.adapts[i]:
+            gradient -= tl.sum(directions[i] * sums[0][i])
+            if SPEC.biases[i]:
+                gradient -= tl.sum(directions[depth(SPEC) + i] * sums[1][i])
+        found = found + (gradient,)
+    return found
 
 
 @triton.jit
@@ -79,6 +103,7 @@ def _followed(points, state, gradients, p_inner, p_rates, k, K, SPEC: tl.constex
     found = ()
     first = ()
     second = ()
+    directions = ()
     for i in tl.static_range(len(points)):
         b_p = points[i]
         b_first = state[0][i]
@@ -100,11 +125,16 @@ def _followed(points, state, gradients, p_inner, p_rates, k, K, SPEC: tl.constex
             if SPEC.decay and SPEC.decoupled:
                 b_g += tl.load(p_inner + 1) * b_p
             b_p -= tl.load(p_rates + i % depth(SPEC)) * b_g
+        if SPEC.learns:
+            b_sum = state[2][i]
+            if moves(SPEC, i):
+                b_sum += b_g
+            directions = directions + (b_sum,)
         found = found + (b_p,)
         first = first + (b_first,)
         if SPEC.adam:
             second = second + (b_second,)
-    return found, (first, second)
+    return found, (first, second, directions)
 
 
 @triton.jit
@@ -150,7 +180,7 @@ def _moved(blocks, velocity, p_rates, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _halves(blocks):
+def halves(blocks):
     """A tuple's first half and its second."""
     first = ()
     second = ()

@@ -29,6 +29,7 @@ class Spec:
         reptile: whether the outer gradient is the way that a task went; no query set.
         multi_step: whether the query loss after every step counts.
         skips: whether tasks that diverge are left out.
+        learns: whether each layer has a rate that is learned, the same for all steps.
     """
 
     widths: tuple[int, ...]
@@ -52,6 +53,7 @@ class Spec:
     reptile: bool = False
     multi_step: bool = False
     skips: bool = False
+    learns: bool = False
 
     @property
     def parameters(self) -> int:
@@ -143,7 +145,7 @@ def tight(SPEC):
 @triton.constexpr_function
 def gathers(SPEC):
     """Whether a step's gradient is summed before it moves anything; else it is summed right into what it moves."""
-    return SPEC.nesterov or SPEC.adam or SPEC.clips_value or SPEC.clips_norm
+    return SPEC.nesterov or SPEC.adam or SPEC.clips_value or SPEC.clips_norm or SPEC.learns
 
 
 @triton.constexpr_function
@@ -209,6 +211,12 @@ def weight_offset(SPEC, layer):
     for i in range(layer):
         offset += aligned(SPEC.widths[i] * SPEC.widths[i + 1]) + aligned(SPEC.widths[i + 1] * SPEC.biases[i])
     return offset
+
+
+@triton.constexpr_function
+def gradients_length(SPEC):
+    """Numbers in the gradient of all parameters, and of the rates that are learned behind them."""
+    return weight_offset(SPEC, len(SPEC.activations)) + (aligned(len(SPEC.activations)) if SPEC.learns else 0)
 
 
 @triton.constexpr_function

@@ -1,11 +1,8 @@
-"""The rules of inner and outer loops in the resident kernel, against the oracle; where kernels run, as its other tests.
-
-The engine is called as `autograd.py` calls it, with a plan, and gives a value and its gradients by itself.
-"""
+"""The rules of inner and outer loops in the resident kernel, against the oracle; run where its other tests are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from random import Random
@@ -20,8 +17,8 @@ from fomaml_fused.batch import Query, Sizes, Support
 from fomaml_fused.planner import make_plan
 
 from .cases import Case, Solution, assert_no_worse_than_twice, flat, relative_error
-from .kernel_contract import INTERPRETED, watched
-from .on_kernels import in_precision, kernel_device, on_device
+from .kernel_contract import INTERPRETED, check, watched
+from .on_kernels import by_kernels, kernel_device, on_device
 
 pytest.importorskip("triton")
 
@@ -49,77 +46,16 @@ RULES: dict[str, dict[str, Any]] = {
     "Adam": {"optimizer": "adam", "weight_decay": 0.1},
     "AdamW": {"optimizer": "adam", "weight_decay": 0.3, "decoupled_weight_decay": True},
     "skipping": {"nonfinite": "skip"},
+    "learned rate": {"learn_lr": "global", "momentum": 0.9},
+    "learned rates of layers": {"learn_lr": "layer"},
 }
 BASE = Case(widths=(3, 17, 5), tasks=5, shots=7, queries=6, steps=3)
 
 
-def meta(case: Case, model: nn.Module) -> ff.FOMAML:
-    return ff.FOMAML(model, **case.options(), backend="triton")
-
-
-def planned(case: Case, model: nn.Module, precision: str = "highest") -> ff.Plan:
-    queries = 0 if case.outer == "reptile" else case.queries
-    sizes = Sizes(case.tasks, case.shots, queries, torch.float32, kernel_device(), case.each_step)
+@pytest.fixture(autouse=True)
+def planned() -> Iterator[None]:
     with ff.override(engine="resident"):
-        return make_plan(meta(case, model).problem, sizes, "triton", precision)
-
-
-def sets(case: Case, batch: dict[str, Tensor]) -> tuple[Support, Query | None]:
-    support = Support(batch["support_x"], batch["support_y"], batch.get("support_weight"))
-    if case.outer == "reptile":
-        return support, None
-    weights = batch.get("query_weight"), batch.get("task_weight")
-    return support, Query(batch["query_x"], batch["query_y"], *weights, case.step_weights)
-
-
-def shares(case: Case, batch: dict[str, Tensor]) -> float | Tensor:
-    """The cotangent of each task's loss, for the mean over tasks or their sum."""
-    weight = batch.get("task_weight")
-    mean = case.reduction == "mean" and case.nonfinite == "propagate"
-    if weight is None:
-        return 1.0 / case.tasks if mean else 1.0
-    return weight / weight.sum() if mean else weight
-
-
-def stepped(case: Case, batch: dict[str, Tensor], precision: str = "highest", needed: bool = True) -> Outcome:
-    model = case.model(torch.float32).to(kernel_device())
-    parameters = flat(model)
-    support, query = sets(case, batch)
-    plan = planned(case, model, precision)
-    wanted = [needed and query is not None, *[needed and p is not None for p in parameters]]
-    return resident.step(plan, wanted, parameters, support, query, shares(case, batch))
-
-
-def by_resident(case: Case, precision: str = "highest") -> Solution:
-    outcome = stepped(case, on_device(case), precision)
-    unit: Tensor | float = 1.0
-    if case.nonfinite == "skip":
-        assert outcome.kept is not None
-        unit = 1.0 / outcome.kept if case.reduction == "mean" else 1.0
-    found = [outcome.dx, *[g for g in outcome.gradients if g is not None]]
-    return named(case, outcome.value * unit, [g * unit for g in found if g is not None])
-
-
-def by_autograd(case: Case, dtype: torch.dtype) -> Solution:
-    model, batch = case.model(dtype), case.batch(dtype)
-    if case.outer == "reptile":
-        del batch["query_x"], batch["query_y"]
-        batch.pop("query_weight", None)
-    value = ff.reference.meta_loss(model, **batch, **case.options(), reduction=case.reduction)
-    inputs = [batch["query_x"]] if "query_x" in batch else []
-    return named(case, value, torch.autograd.grad(value, [*inputs, *model.parameters()]))
-
-
-def named(case: Case, value: Tensor, gradients: Sequence[Tensor]) -> Solution:
-    names = [name for name, _ in case.model(torch.float32).named_parameters()]
-    names = names if case.outer == "reptile" else ["query_x", *names]
-    found = {f"reduced d/d {name}": g for name, g in zip(names, gradients, strict=True)}
-    return Solution({"reduced": value.detach(), **found})
-
-
-def check(case: Case) -> None:
-    own = [by_autograd(replace(case, jitter=jitter), torch.float32) for jitter in range(4)]
-    assert_no_worse_than_twice(by_resident(case), own, by_autograd(case, torch.float64))
+        yield
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -130,60 +66,82 @@ def check(case: Case) -> None:
         {"shots": 20, "queries": 33},
         {"weighted": True, "loss": "cross_entropy", "widths": (4, 17, 3, 5), "activation": "gelu"},
         {"weighted": True, "reduction": "sum", "shots": 18, "adapt": [1], "lr": [[0.1], [0.3], [0.05]]},
-        {"bias": False, "widths": (1, 33, 1), "adapt": "head", "queries": 17},
+        {"bias": False, "widths": (1, 33, 1), "adapt": "head", "queries": 17, "steps": 1},
         {"widths": (2, 1, 17, 1), "adapt": [0, 2], "tasks": 9, "activation": "softplus", "last_activation": "sigmoid"},
-        {"steps": 1},
-        {"steps": 0, "tasks": 2},
-        {"adapt": [], "tasks": 2},
     ],
     ids=lambda options: " ".join(options),
 )
 def test_every_rule(rule: str, options: dict[str, Any]) -> None:
     case = replace(BASE, **options | RULES[rule])
+    if case.learn_lr is not None:  # the same rate for all steps
+        case = replace(case, lr=BASE.lr)
     if case.step_weights is not None:
-        case = replace(case, step_weights=case.step_weights[len(case.step_weights) - case.steps :])
-    check(case)
+        case = replace(case, step_weights=case.step_weights[-case.steps :])
+    check(case, per_task=False)
 
 
-COMPATIBLE = [
-    (first, second)
-    for first, second in combinations(RULES, 2)
-    if {first, second} != {"Reptile", "multi-step"} and not set(RULES[first]) & set(RULES[second])
-]
+@pytest.mark.parametrize("rule", ["Reptile", "samples of each step", "skipping"])
+def test_rules_without_a_step(rule: str) -> None:
+    check(replace(BASE, steps=0, **RULES[rule]), per_task=False)
 
 
-@pytest.mark.parametrize("pair", Random(0).sample(COMPATIBLE, 20 if INTERPRETED else 8), ids=" and ".join)
+@pytest.mark.parametrize("rule", ["clipped norm", "Adam", "multi-step"])
+def test_rules_where_nothing_moves(rule: str) -> None:
+    check(replace(BASE, adapt=[], **RULES[rule]), per_task=False)
+
+
+APART = [{"Reptile", rule} for rule in ("multi-step", "learned rate", "learned rates of layers")]
+APART += [{"Adam", "learned rate"}, {"AdamW", "learned rate"}]  # which has momentum
+PAIRS = [pair for pair in combinations(RULES, 2) if not set(RULES[pair[0]]) & set(RULES[pair[1]])]
+PAIRS = [pair for pair in PAIRS if set(pair) not in APART]
+
+
+@pytest.mark.parametrize("pair", Random(0).sample(PAIRS, 20 if INTERPRETED else 8), ids=" and ".join)
 def test_pairs_of_rules(pair: tuple[str, str]) -> None:
     shots = 20 if len(pair[0]) % 2 else 7
-    check(replace(BASE, tasks=2, widths=(3, 5), shots=shots, **RULES[pair[0]] | RULES[pair[1]]))
+    check(replace(BASE, tasks=2, widths=(3, 5), shots=shots, **RULES[pair[0]] | RULES[pair[1]]), per_task=False)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "Reptile"])
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+@pytest.mark.parametrize("rule", ["Reptile", "multi-step", "clipped twice with momentum", "learned rate"])
 def test_every_precision(rule: str, precision: str) -> None:
-    case = replace(BASE, **RULES[rule], activation="relu", shots=10)
-    assert_no_worse_than_twice(
-        by_resident(case, precision), in_precision(case, precision), by_autograd(case, torch.float64)
-    )
+    check(replace(BASE, **RULES[rule], activation="relu", shots=10), precision, per_task=False)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shots", [7, 20])
-def test_tasks_adapt_by_every_rule(rule: str, shots: int) -> None:
-    case = replace(BASE, **RULES[rule], shots=shots, queries=20, weighted=True)
-    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
+def test_predictions_by_every_rule(rule: str) -> None:
+    """With their gradients under a cotangent."""
+    case = replace(BASE, **RULES[rule], shots=20 if len(rule) % 2 else 7, queries=20, weighted=True)
+    exact = predicted(case, "reference", torch.float64)
+    own, found = predicted(case, "reference", torch.float32), predicted(case, "triton", torch.float32)
+    assert_no_worse_than_twice(found, [own], exact)
+
+
+def predicted(case: Case, backend: str, dtype: torch.dtype) -> Solution:
+    device = kernel_device() if backend == "triton" else torch.device("cpu")
+    meta = case.meta(case.model(dtype).to(device), backend)
+    case = replace(case, outer="fomaml")  # whose batches have query sets
+    batch = {name: t.detach().to(device) for name, t in case.batch(dtype).items()}
+    x = batch["query_x"].requires_grad_()
+    outputs = meta.predict(batch["support_x"], batch["support_y"], x, support_weight=batch["support_weight"])
+    cotangent = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parameters = {"query_x": x, **dict(meta.named_parameters())}
+    found = torch.autograd.grad(outputs, list(parameters.values()), cotangent.to(outputs))
+    return Solution({"outputs": outputs.detach()} | {f"d/d {n}": g for n, g in zip(parameters, found, strict=True)})
+
+
+def stepped(case: Case, model: nn.Module, batch: dict[str, Tensor], needed: bool = True) -> Outcome:
+    """The engine's meta-step of tasks that count as much as they weigh."""
+    queries = 0 if case.outer == "reptile" else case.queries
+    sizes = Sizes(case.tasks, case.shots, queries, torch.float32, kernel_device(), case.each_step)
+    plan = make_plan(ff.FOMAML(model, **case.options()).problem, sizes, "triton")
     support = Support(batch["support_x"], batch["support_y"], batch["support_weight"])
-    plan = planned(case, model)
-    outputs = resident.query_pass(resident.adapt(plan, flat(model), support), batch["query_x"]).outputs
-    exact, own = (predicted(case, dtype) for dtype in (torch.float64, torch.float32))
-    assert relative_error(outputs, exact) <= 2.0 * relative_error(own, exact) + 1e-6
-
-
-def predicted(case: Case, dtype: torch.dtype) -> Tensor:
-    batch, outer = case.batch(dtype), ("outer", "outer_loss", "step_weights", "nonfinite")
-    inner = {name: value for name, value in case.options().items() if name not in outer}
-    names = ("support_x", "support_y", "query_x", "support_weight")
-    return ff.reference.predict(case.model(dtype), **{name: batch[name] for name in names}, **inner).detach()
+    query = None
+    if case.outer != "reptile":
+        query = Query(batch["query_x"], batch["query_y"], batch["query_weight"], None, case.step_weights)
+    parameters = flat(model)
+    wanted = [needed and query is not None, *[needed and p is not None for p in parameters]]
+    return resident.step(plan, wanted, parameters, support, query, batch["task_weight"])
 
 
 @pytest.mark.parametrize("rule", ["skipping", "Reptile", "multi-step"])
@@ -192,12 +150,12 @@ def predicted(case: Case, dtype: torch.dtype) -> Tensor:
 def test_tasks_that_diverge_are_left_out(rule: str, samples: int, needed: bool) -> None:
     options = RULES[rule] | {"nonfinite": "skip", "weighted": True, "reduction": "sum"}
     case = replace(BASE, shots=samples, queries=samples, activation="relu", **options)
-    batch = on_device(case)
+    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
     others = torch.tensor([0, 2, 4], device=kernel_device())
     fewer = {name: values[others] for name, values in batch.items()}
     batch["support_y"][1, 0] = torch.nan
     batch["support_x"][3] = 1e30
-    found, own = stepped(case, batch, needed=needed), stepped(replace(case, tasks=3), fewer, needed=needed)
+    found, own = stepped(case, model, batch, needed), stepped(replace(case, tasks=3), model, fewer, needed)
     assert found.kept is not None
     weight = fewer["task_weight"]
     torch.testing.assert_close(found.kept, weight.sum())
@@ -213,7 +171,7 @@ def test_tasks_that_diverge_are_left_out(rule: str, samples: int, needed: bool) 
 
 
 def test_a_task_of_finite_loss_and_infinite_gradient_is_left_out() -> None:
-    case = replace(BASE, widths=(3, 4, 2), steps=0, loss="l1", activation="identity", nonfinite="skip", tasks=3)
+    case = replace(BASE, widths=(3, 4, 2), steps=0, loss="l1", activation="identity", nonfinite="skip", weighted=True)
     model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
     last = model[2]
     with torch.no_grad():
@@ -221,27 +179,27 @@ def test_a_task_of_finite_loss_and_infinite_gradient_is_left_out() -> None:
             parameter.zero_()
         last.get_parameter("weight").fill_(1e30)
     batch["query_x"][1] = 1e10
-    parameters = flat(model)
-    needed = [True, *[p is not None for p in parameters]]
-    outcome = resident.step(planned(case, model), needed, parameters, *sets(case, batch), 1.0)
-    assert outcome.kept == 2
+    outcome = stepped(case, model, batch)
+    assert outcome.kept == batch["task_weight"][[0, 2, 3, 4]].sum()
     assert outcome.value.isfinite()
     assert all(g.isfinite().all() for g in outcome.gradients if g is not None)
 
 
 def test_the_outputs_of_a_multi_step_loss_are_those_after_the_last_step() -> None:
-    case = replace(BASE, step_weights=(1.0, 1.0, 0.0), queries=20)
-    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
-    outputs = torch.empty(case.tasks, case.queries, 5, device=kernel_device())
-    resident.step(planned(case, model), [False] * 9, flat(model), *sets(case, batch), 1.0, outputs)
-    single = replace(case, step_weights=None)
-    last = torch.empty_like(outputs)
-    resident.step(planned(single, model), [False] * 9, flat(model), *sets(single, batch), 1.0, last)
-    assert relative_error(outputs, last) < 1e-6
+    outputs = []
+    for weights in ((1.0, 1.0, 0.0), None):
+        case = replace(BASE, step_weights=weights, queries=20)
+        model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
+        plan = ff.FOMAML(model, **case.options(), backend="triton").plan(case.tasks, case.shots, case.queries)
+        support = Support(batch["support_x"], batch["support_y"])
+        query = Query(batch["query_x"], batch["query_y"], step_weights=weights)
+        outputs.append(torch.empty(case.tasks, case.queries, 5, device=kernel_device()))
+        resident.step(plan, [False] * 9, flat(model), support, query, 1.0, outputs[-1])
+    assert relative_error(*outputs) < 1e-6
 
 
 @pytest.mark.parametrize("rule", ["multi-step", "clipped norm", "Reptile"])
 def test_results_repeat_bit_by_bit(rule: str) -> None:
     case = replace(BASE, tasks=6, queries=20, **RULES[rule])
-    first, second = (by_resident(case).values for _ in range(2))
+    first, second = (by_kernels(case, per_task=False).values for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

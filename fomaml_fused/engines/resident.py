@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..batch import Query, Support
+from ..inner import PARTS
 from ..kernels import resident
 from ..kernels.configuration import Config
-from ..kernels.spec import Spec
+from ..kernels.spec import Spec, gradients_length
 from ..problem import Problem
-from . import FlatParameters, Gradients, Outcome, Planned
+from . import FlatParameters, Gradients, Outcome, Planned, rates_of
 from .launching import (
     compiled_for,
     inner_numbers,
@@ -66,16 +67,22 @@ def rules_of(problem: Problem) -> dict[str, Any]:
         # Without a step, it is the query loss of the parameters themselves that counts.
         "multi_step": problem.multi_step and inner.steps > 0,
         "skips": problem.nonfinite == "skip",
+        "learns": inner.learn_lr is not None,
     }
 
 
 @dataclass
 class Adapted:
-    """The fast weights of a chunk of tasks, as the kernels lay them out: [t, parameters], each at its offset."""
+    """The fast weights of a chunk of tasks, as the kernels lay them out: [t, parameters], each at its offset.
+
+    Attributes:
+        directions: the sum of what learned rates have multiplied, alike.
+    """
 
     plan: Planned
     spec: Spec
     weights: Tensor
+    directions: Tensor | None
 
 
 @dataclass
@@ -106,7 +113,7 @@ def step(
     if query is not None and queries == 0:  # weights of nothing would make the gradient 0 / 0, where torch has 0
         query = Query(query.x, query.y, step_weights=query.step_weights)
     spec, device = _spec(plan, support, queries), support.x.device
-    programs, length = _programs(plan, tasks, device), spec.parameters
+    programs, length = _programs(plan, tasks, device), gradients_length(spec)
     losses = new(device, tasks)
     kept = new(device, tasks) if spec.skips else None
     dx = None
@@ -120,14 +127,14 @@ def step(
         step_weights = _numbers(query.step_weights, device)
     with on_device(device):
         resident.meta_kernel[programs,](
-            *pointers(parameters), inner_numbers(plan.problem, device), *tensors(support), *samples,
+            *_parameters(plan, parameters, device), *tensors(support), *samples,
             step_weights, shares, share_of_all, losses, kept, outputs, dx, partials,
             tasks, support.x.shape[-2], queries, plan.problem.inner.steps, spec, **_options(plan),
         )  # fmt: skip
         gradient, value = reduce(partials, losses, shares, share_of_all)
     assert value is not None
     total = None if kept is None else (kept * share).sum()
-    return Outcome(value, dx, split(spec, gradient, needed[1:]), total)
+    return Outcome(value, dx, _split(spec, gradient, needed[1:]), total)
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
@@ -135,12 +142,13 @@ def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapte
     tasks, shots = support.x.shape[0], support.x.shape[-2]
     spec, device = _spec(plan, support, shots), support.x.device
     weights = new(device, tasks, spec.parameters)
+    directions = new(device, tasks, spec.parameters) if spec.learns else None
     with on_device(device):
         resident.adapt_kernel[_programs(plan, tasks, device),](
-            *pointers(parameters), inner_numbers(plan.problem, device), *tensors(support), weights,
+            *_parameters(plan, parameters, device), *tensors(support), weights, directions,
             tasks, shots, plan.problem.inner.steps, spec, **_options(plan),
         )  # fmt: skip
-    return Adapted(plan, spec, weights)
+    return Adapted(plan, spec, weights, directions)
 
 
 def query_pass(adapted: Adapted, x: Tensor) -> Trace:
@@ -161,15 +169,16 @@ def query_backward(
     """The query pass in reverse; arguments and results as of `batched.query_backward`."""
     tasks, queries, _ = trace.x.shape
     spec, device = adapted.spec, d.device
-    programs, length = _programs(adapted.plan, tasks, device), spec.parameters
+    programs, length = _programs(adapted.plan, tasks, device), gradients_length(spec)
     dx = new(device, *trace.x.shape) if features else None
     partials = new(device, programs, length) if any(needed) else None
     with on_device(device):
         resident.query_backward_kernel[programs,](
-            adapted.weights, trace.x, d.contiguous(), dx, partials, tasks, queries, spec, **_options(adapted.plan)
-        )
+            adapted.weights, adapted.directions, trace.x, d.contiguous(), dx, partials, tasks, queries, spec,
+            **_options(adapted.plan),
+        )  # fmt: skip
         gradient, _ = reduce(partials)
-    return dx, split(spec, gradient, needed)
+    return dx, _split(spec, gradient, needed)
 
 
 def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
@@ -181,6 +190,23 @@ def _spec(plan: Planned, support: Support, queries: int) -> Spec:
     assert plan.precision is not None
     assert plan.config is not None
     return spec_of(plan.problem, support.x.shape[-2], queries, plan.precision, plan.config, support.each_step)
+
+
+def _parameters(plan: Planned, parameters: FlatParameters, device: torch.device) -> tuple[Any, ...]:
+    """Parameters, numbers of the inner loop, and learned rates, as the kernels take them."""
+    rates = [rate for rate in rates_of(plan.problem, parameters) if rate is not None]
+    learned = rates[0].contiguous().to(torch.float32) if rates else None
+    own = parameters[: len(PARTS) * plan.problem.network.depth]
+    return *pointers(own), inner_numbers(plan.problem, device), learned
+
+
+def _split(spec: Spec, flat: Tensor | None, needed: Sequence[bool]) -> Gradients:
+    """The gradients asked for; that of learned rates comes last, [1, layers]."""
+    depth = len(spec.activations)
+    found = split(spec, flat, needed[: len(PARTS) * depth])
+    for need in needed[len(PARTS) * depth :]:
+        found.append(flat[None, spec.parameters :][:, :depth] if need and flat is not None else None)
+    return found
 
 
 @cache  # for good, as those of the inner loop
