@@ -122,8 +122,10 @@ def meta_kernel(
             # The mean over no query, 0 * inf, is nan, as torch has it.
             loss = tl.sum(b_loss) * scale
         if SPEC.skips:
-            strange = not_finite(sums[0]) + not_finite(sums[1]) + not_finite(rates)
-            kept = (tl.abs(loss) < float("inf")) & (strange == 0)
+            strange = not_finite(sums[0]) + not_finite(sums[1]) + tl.where(tl.abs(loss) < float("inf"), 0, 1)
+            for layer in tl.static_range(len(rates)):
+                strange += tl.where(tl.abs(rates[layer]) < float("inf"), 0, 1)
+            kept = strange == 0
             loss = tl.where(kept, loss, 0.0)
             sums = kept_if(kept, sums[0]), kept_if(kept, sums[1])
             rates = kept_if(kept, rates)
