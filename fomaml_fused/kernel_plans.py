@@ -44,8 +44,17 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
 
 def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable:
     """What a kernel's configuration is remembered by."""
-    inner = problem.inner
-    return problem.network.widths, precision, sizes.shots, sizes.queries, inner.steps, inner.adapt
+    inner, rules = problem.inner, tuple(resident.rules_of(problem).values())
+    return (
+        problem.network.widths,
+        precision,
+        sizes.shots,
+        sizes.queries,
+        sizes.each_step,
+        inner.steps,
+        inner.adapt,
+        rules,
+    )
 
 
 def _obstacle(problem: Problem, sizes: Sizes) -> str | None:

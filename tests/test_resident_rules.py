@@ -198,6 +198,37 @@ def test_the_outputs_of_a_multi_step_loss_are_those_after_the_last_step() -> Non
     assert relative_error(*outputs) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"learn_lr": "layer_step", "steps": 2}, "rates of each step take what each has multiplied"),
+        ({"learn_lr": "element"}, "rates of elements are not in the kernel"),
+        ({"optimizer": "adam", "eps": 0.0}, "eps is 0, and the padding of tiles would be 0 / 0"),
+        ({"optimizer": "adam", "precision": "tf32x3"}, r"about \d+ registers a thread"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(options: dict[str, Any], reason: str) -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    with pytest.raises(ValueError, match=f"engine is 'resident', which cannot run: .*{reason}"):
+        ff.FOMAML(model, backend="triton", **options).plan(5, 5)
+
+
+def test_a_layout_is_tuned_for_the_rules_it_was_tuned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fomaml_fused.kernels import configuration
+
+    from fomaml_fused.kernel_plans import tuned_for
+
+    monkeypatch.setattr(configuration, "_tuned", {})
+    model, tuned = nn.Sequential(nn.Linear(3, 4)), configuration.Config(8, 32)
+    plain = ff.FOMAML(model, backend="triton")
+    found = plain.plan(5, 5)
+    configuration.remember("cpu-0", "resident", tuned_for(found.problem, found.sizes, found.precision), tuned)
+    ff.planner.forget_plans()
+    assert plain.plan(5, 5).config == tuned
+    assert ff.FOMAML(model, backend="triton", optimizer="adam").plan(5, 5).config != tuned
+    ff.planner.forget_plans()
+
+
 @pytest.mark.parametrize("rule", ["multi-step", "clipped norm", "Reptile"])
 def test_results_repeat_bit_by_bit(rule: str) -> None:
     case = replace(BASE, tasks=6, queries=20, **RULES[rule])
