@@ -27,7 +27,7 @@ RULES: dict[str, dict[str, Any]] = {
     "clipped norm": {"max_grad_norm": 0.3},
     "clipped values": {"max_grad_value": 0.05},
     "reptile": {"outer": "reptile"},
-    "multi-step loss": {"step_weights": (0.2, 0.0, 0.8)},
+    "multi-step loss": {"step_weights": (0.2, 0.0, 0.5)},
     "global rate": {"learn_lr": "global"},
     "rates by step": {"learn_lr": "step"},
     "rates by layer": {"learn_lr": "layer", "positive_lr": "softplus"},
