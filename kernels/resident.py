@@ -61,8 +61,9 @@ def meta_kernel(
     p_loss: [T].  p_kept: whether each task is finite, 1 or 0, [T], where others are left out.  p_out: outputs [T, Q,
     out].  p_dx: gradient of the query features [T, Q, in]; where every step counts, 0 to start from.  p_partials:
     gradient of all parameters, and behind them of rates that are learned, summed over each program's tasks, [programs,
-    parameters].  The last three may be None:
-    not wanted. For Reptile there is no query set, the loss is half the squared distance that a task goes.
+    parameters].  The last three may be None: not wanted.
+
+    For Reptile there is no query set, and the loss is half the squared distance that a task goes.
     """
     i_p = tl.program_id(0)
     # What the compiler moves out of a loop occupies registers all through it; where they run short, it stays inside.
@@ -79,8 +80,7 @@ def meta_kernel(
             part_of_sums = share
         else:
             scale = 1.0 / total_weight(p_query_r, i_t, Q, SPEC)
-            # A sample's part in the means over samples and tasks; 16 bits might not hold it, so there it is taken of
-            # sums.
+            # A sample's part in the means over samples and tasks; where 16 bits might not hold it, it is taken of sums.
             part = scale * share
             part_of_sums = 1.0
             if sixteen_bits(SPEC):
@@ -98,7 +98,7 @@ def meta_kernel(
                     )
                     weight = tl.load(p_step_weight + k)
                     if weight != 0.0:
-                        # Rates are in the steps before a query pass alone, so there its gradient is taken by itself.
+                        # A rate has part in the steps before a query pass alone, so that pass is summed by itself.
                         own = sums
                         if SPEC.learns:
                             own = zeros(weights), zeros(biases)

@@ -94,7 +94,7 @@ APART = [{"Reptile", rule} for rule in ("multi-step", "learned rate", "learned r
 APART += [{"Adam", "learned rate"}, {"AdamW", "learned rate"}]  # which has momentum
 PAIRS = [pair for pair in combinations(RULES, 2) if not set(RULES[pair[0]]) & set(RULES[pair[1]])]
 PAIRS = [pair for pair in PAIRS if set(pair) not in APART]
-DRAWN = [("multi-step", "learned rate"), *Random(0).sample(PAIRS, 20 if INTERPRETED else 8)]
+DRAWN = dict.fromkeys([("multi-step", "learned rate"), *Random(0).sample(PAIRS, 20 if INTERPRETED else 8)])
 
 
 @pytest.mark.parametrize("pair", DRAWN, ids=" and ".join)
@@ -140,12 +140,13 @@ def stepped(case: Case, model: nn.Module, batch: dict[str, Tensor], needed: bool
     query = None
     if case.outer != "reptile":
         query = Query(batch["query_x"], batch["query_y"], batch["query_weight"], None, case.step_weights)
-    parameters = flat(model)
+    rates = torch.full((1, len(case.widths) - 1), 0.1, device=kernel_device())
+    parameters = [*flat(model), *([rates] if case.learn_lr else [])]
     wanted = [needed and query is not None, *[needed and p is not None for p in parameters]]
     return resident.step(plan, wanted, parameters, support, query, batch["task_weight"])
 
 
-@pytest.mark.parametrize("rule", ["skipping", "Reptile", "multi-step"])
+@pytest.mark.parametrize("rule", ["skipping", "Reptile", "multi-step", "learned rate"])
 @pytest.mark.parametrize("samples", [7, 20])
 @pytest.mark.parametrize("needed", [True, False], ids=["gradients", "value"])
 def test_tasks_that_diverge_are_left_out(rule: str, samples: int, needed: bool) -> None:
