@@ -19,29 +19,44 @@ def history(steps: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize(("weight_decay", "decoupled"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("rates", [(), (0.1,), (0.1, 0.2, 0.0, 0.3)])
 def test_coefficients_give_the_weights_that_torch_sgd_gives(
-    rates: tuple[float, ...], momentum: float, weight_decay: float
+    rates: tuple[float, ...], momentum: float, nesterov: bool, weight_decay: float, decoupled: bool
 ) -> None:
     w0, b0, xs, ds = history(len(rates))
     weight, bias = w0.clone().requires_grad_(), b0.clone().requires_grad_()
-    sgd = torch.optim.SGD([weight, bias], lr=1.0, momentum=momentum, weight_decay=weight_decay)
-    found = coefficients(rates, momentum, weight_decay)
+    decay = 0.0 if decoupled else weight_decay
+    sgd = torch.optim.SGD([weight, bias], lr=1.0, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    found = coefficients(rates, momentum, weight_decay, nesterov, decoupled)
     for k in range(len(rates) + 1):
         s, c = found.shared[k], found.history[k]
         dual = s * w0 - sum(c[j] * ds[j].T @ xs[j] for j in range(k))
         torch.testing.assert_close(dual, weight.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(s * b0 - sum(c[j] * ds[j].sum(0) for j in range(k)), bias.detach())
         if k < len(rates):
+            before = weight.detach().clone(), bias.detach().clone()
             sgd.param_groups[0]["lr"] = rates[k]
             weight.grad, bias.grad = ds[k].T @ xs[k], ds[k].sum(0)
             sgd.step()
+            if decoupled:  # torch has it for AdamW alone: the weights before the step shrink by themselves
+                with torch.no_grad():
+                    for parameter, old in zip((weight, bias), before, strict=True):
+                        parameter -= rates[k] * weight_decay * old
+            us, uc = found.direction_shared[k + 1], found.direction_history[k + 1]
+            moved = rates[k] * (us * w0 + sum(uc[j] * ds[j].T @ xs[j] for j in range(k + 1)))
+            torch.testing.assert_close(before[0] - weight.detach(), moved, rtol=1e-12, atol=1e-12)
             if momentum:
                 vs, vc = found.velocity_shared[k + 1], found.velocity_history[k + 1]
                 velocity = vs * w0 + sum(vc[j] * ds[j].T @ xs[j] for j in range(k + 1))
                 torch.testing.assert_close(velocity, sgd.state[weight]["momentum_buffer"], rtol=1e-12, atol=1e-12)
+
+
+def test_the_direction_is_the_velocity_of_plain_momentum() -> None:
+    found = coefficients((0.1, 0.2, 0.3), 0.9, 0.1)
+    assert found.direction_shared == found.velocity_shared
+    assert found.direction_history == found.velocity_history
 
 
 def test_plain_sgd_settles() -> None:

@@ -10,20 +10,27 @@ from functools import lru_cache
 class Coefficients:
     """How a layer's weights after k steps, and what the last of these steps moved along, hang together with W_0.
 
-        W_k     = shared[k] * W_0          - sum_{j < k} history[k][j] * D_j.T @ X_j
-        V_{k-1} = velocity_shared[k] * W_0 + sum_{j < k} velocity_history[k][j] * D_j.T @ X_j
+        W_k             = shared[k] * W_0           - sum_{j < k} history[k][j] * D_j.T @ X_j
+        V_{k-1}         = velocity_shared[k] * W_0  + sum_{j < k} velocity_history[k][j] * D_j.T @ X_j
+        direction_{k-1} = direction_shared[k] * W_0 + sum_{j < k} direction_history[k][j] * D_j.T @ X_j
+
+    The velocity is what momentum carries from step to step, the direction what a step multiplies by its rate. They are
+    the same but with Nesterov's momentum or decoupled weight decay.
 
     Attributes:
         shared: s_k, k = 0..K.
         history: c_{k,j}, k = 0..K, j < k.
         velocity_shared: vs_{k-1}, k = 0..K; 0 for k = 0.
         velocity_history: vc_{k-1,j}, k = 0..K, j < k.
+        direction_shared, direction_history: us_{k-1} and uc_{k-1,j}, alike.
     """
 
     shared: tuple[float, ...]
     history: tuple[tuple[float, ...], ...]
     velocity_shared: tuple[float, ...]
     velocity_history: tuple[tuple[float, ...], ...]
+    direction_shared: tuple[float, ...]
+    direction_history: tuple[tuple[float, ...], ...]
 
     @property
     def settled(self) -> bool:
@@ -33,16 +40,25 @@ class Coefficients:
 
 
 @lru_cache(maxsize=1024)
-def coefficients(rates: tuple[float, ...], momentum: float, weight_decay: float) -> Coefficients:
-    """The coefficients of every step, from the rates of the steps."""
-    s, vs = 1.0, 0.0
+def coefficients(
+    rates: tuple[float, ...], momentum: float, weight_decay: float, nesterov: bool = False, decoupled: bool = False
+) -> Coefficients:
+    """The coefficients of every step, from the rates of the steps; the rules are those of `inner.InnerLoop`."""
+    coupled, apart = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    s, vs, us = 1.0, 0.0, 0.0
     c: list[float] = []
     vc: list[float] = []
-    rows = [(s, tuple(c), vs, tuple(vc))]
+    uc: list[float] = []
+    rows = [(s, tuple(c), vs, tuple(vc), us, tuple(uc))]
     for rate in rates:
-        vs = momentum * vs + weight_decay * s
-        vc = [momentum * v - weight_decay * past for v, past in zip(vc, c, strict=True)] + [1.0]
-        s -= rate * vs
-        c = [past + rate * v for past, v in zip([*c, 0.0], vc, strict=True)]
-        rows.append((s, tuple(c), vs, tuple(vc)))
+        # Of the gradient with its decay, then of the velocity, then of the direction.
+        gs, gc = coupled * s, [-coupled * past for past in c] + [1.0]
+        vs, vc = momentum * vs + gs, [momentum * v + g for v, g in zip([*vc, 0.0], gc, strict=True)]
+        us, uc = vs, vc
+        if nesterov:
+            us, uc = gs + momentum * vs, [g + momentum * v for g, v in zip(gc, vc, strict=True)]
+        us, uc = us + apart * s, [u - apart * past for u, past in zip(uc, [*c, 0.0], strict=True)]
+        s -= rate * us
+        c = [past + rate * u for past, u in zip([*c, 0.0], uc, strict=True)]
+        rows.append((s, tuple(c), vs, tuple(vc), us, tuple(uc)))
     return Coefficients(*zip(*rows, strict=True))
