@@ -93,9 +93,10 @@ def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str
             backward = i > first
             for _ in range(inner.steps * (1 + backward)):
                 total += inner_pass
-            total += query_pass
-            if backward:
+            for _ in range((1 + backward) * (max(inner.steps, 1) if problem.multi_step else 1)):
                 total += query_pass
+            if inner.max_grad_norm is not None and inner.adapt[i]:  # two Gram matrices, and what is done with them
+                total += Work(inner.steps * 6 * CHIP.launch, 0.0, 0.0)
         rows = sizes.tasks * sizes.queries
         total += Work(0.0, 2.0 * rows * before * after, 4.0 * (rows * (before + after) + 2 * before * after))
     phases = inner.steps + 1  # the losses

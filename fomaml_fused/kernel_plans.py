@@ -34,9 +34,10 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
     if obstacle is not None or operands is None:
         why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
         return dict.fromkeys(KERNEL_ENGINES, why)
+    loss = _callable(problem)
     return {
-        "resident": _callable(problem) or _resident(problem, sizes, told, device, operands),
-        "dual": _callable(problem) or _dual("dual", problem, sizes, told, device, operands),
+        "resident": loss or _resident_obstacle(problem, sizes) or _resident(problem, sizes, told, device, operands),
+        "dual": loss or _dual("dual", problem, sizes, told, device, operands),
         "layered": _dual("layered", problem, sizes, told, device, operands),
     }
 
@@ -59,19 +60,36 @@ def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
     for layer, parts in zip(network.layers, inner.adapt, strict=True):
         if parts and parts != layer.parts:
             return "a layer moves in part, and in kernels it moves whole or not at all"
+    return None
+
+
+def _resident_obstacle(problem: Problem, sizes: Sizes) -> str | None:
+    """The rule that the resident kernel does not have."""
+    inner = problem.inner
     for given, rule in (
         (inner.needs_gradient, inner.needs_gradient),
-        (inner.nesterov, "nesterov is not in the kernels"),
-        (inner.weight_decay and inner.decoupled, "decoupled_weight_decay is not in the kernels"),
-        (inner.max_grad_norm is not None, "max_grad_norm is not in the kernels"),
-        (inner.learn_lr is not None, "learn_lr is not in the kernels"),
-        (problem.outer == "reptile", "outer 'reptile' is not in the kernels"),
-        (problem.multi_step, "step_weights are not in the kernels"),
-        (problem.nonfinite == "skip", "nonfinite 'skip' is not in the kernels"),
-        (sizes.each_step, "support samples of each step are not in the kernels"),
+        (inner.nesterov, "nesterov is not in the kernel"),
+        (inner.weight_decay and inner.decoupled, "decoupled_weight_decay is not in the kernel"),
+        (inner.max_grad_norm is not None, "max_grad_norm is not in the kernel"),
+        (inner.learn_lr is not None, "learn_lr is not in the kernel"),
+        (problem.outer == "reptile", "outer 'reptile' is not in the kernel"),
+        (problem.multi_step, "step_weights are not in the kernel"),
+        (problem.nonfinite == "skip", "nonfinite 'skip' is not in the kernel"),
+        (sizes.each_step, "support samples of each step are not in the kernel"),
     ):
         if given:
             return rule
+    return None
+
+
+def _dual_obstacle(engine: str, problem: Problem, sizes: Sizes) -> str | None:
+    """The rule that the dual kernels do not have."""
+    if problem.inner.needs_gradient is not None:
+        return problem.inner.needs_gradient
+    if engine == "dual" and problem.inner.max_grad_norm is not None:
+        return "max_grad_norm takes the gradients of all layers before one of them moves, and all steps are one launch"
+    if sizes.each_step:
+        return "support samples of each step are not in the kernels, whose first layer has the same at all steps"
     return None
 
 
@@ -125,6 +143,9 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
 
 
 def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    rule = _dual_obstacle(engine, problem, sizes)
+    if rule is not None:
+        return rule
     inner, widths = problem.inner, problem.network.widths
     first, depth = inner.first_adapted, problem.network.depth
     forms = _forms(engine, problem, sizes, told)
@@ -160,7 +181,11 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         for layer, form in zip(problem.network.layers, forms, strict=True)
         if fold_step(form)
     )
-    passing = (sizes.shots + 4 * sizes.queries) * sum(widths)
+    if first < depth and (inner.max_grad_norm is not None or inner.learn_lr is not None or problem.multi_step):
+        numbers += inner.steps * sizes.shots * widths[first + 1]  # the first layer's gradients of every step
+    # Which tasks are left out is known only after the last of several query passes.
+    passes = max(inner.steps, 1) if problem.multi_step and problem.nonfinite == "skip" else 1
+    passing = (sizes.shots + 4 * passes * sizes.queries) * sum(widths)
     pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
     how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
     return _plan(

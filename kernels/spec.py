@@ -23,6 +23,7 @@ class Spec:
         precision: of the operands of matrix products, one of `PRECISIONS`; they are summed in float32.
         samples: columns of a tile of samples, a power of two, at least 16.
         one_support_tile, one_query_tile: whether a task's samples fit one tile; else they are walked over.
+        nesterov, decoupled: whether momentum is Nesterov's, and whether decay is kept out of it.
     """
 
     widths: tuple[int, ...]
@@ -37,6 +38,8 @@ class Spec:
     samples: int = 16
     one_support_tile: bool = True
     one_query_tile: bool = True
+    nesterov: bool = False
+    decoupled: bool = False
 
     @property
     def parameters(self) -> int:
