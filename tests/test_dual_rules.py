@@ -61,8 +61,7 @@ RULES: list[dict[str, Any]] = [
 ]
 LAYOUTS: list[tuple[dict[str, Any], DualConfig | None]] = [
     ({}, None),
-    ({"tasks": 7, "queries": 20}, DualConfig(4, 16, tasks=3, features=16, contracted=16)),
-    ({"widths": (9, 40, 33, 5), "tasks": 2, "shots": 7}, DualConfig(4, 16, features=16, contracted=16)),
+    ({"widths": (9, 33, 20, 5), "tasks": 5, "queries": 11}, DualConfig(4, 16, tasks=3, features=16, contracted=16)),
 ]
 LEARNED = ("global", "step", "layer", "layer_step")
 
@@ -169,7 +168,7 @@ def check(case: Case, learn_lr: str | None = None) -> None:
 
 
 @ENGINES
-@pytest.mark.parametrize(("layout", "config"), LAYOUTS, ids=["as planned", "packs", "small tiles"])
+@pytest.mark.parametrize(("layout", "config"), LAYOUTS, ids=["as planned", "packs in small tiles"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_rule(engine: str, rule: dict[str, Any], layout: dict[str, Any], config: DualConfig | None) -> None:
     case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **layout, **rule})

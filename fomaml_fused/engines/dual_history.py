@@ -116,7 +116,7 @@ def _displaced_by_history(
     """The tasks' shares times sum_j c_{K,j} D_jᵀX_j, summed, and the same of the bias; by layer."""
     # In units in which shares and rates are near 1, gradients are of the size of a sample's own, which 16 bits hold.
     rates = [abs(rate) for row in adapted.plan.problem.inner.rates for rate in row]
-    middle, largest = math.sqrt(max(len(shares), 1)), max(rates) or 1.0
+    middle, largest = math.sqrt(max(len(shares), 1)), max(rates, default=0.0) or 1.0
     shares = shares * (middle / largest)
     inputs: Layers = [None] * (adapted.depth + 1)
     gradients: Layers = [None] * adapted.depth
