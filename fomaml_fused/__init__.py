@@ -2,9 +2,10 @@
 
 from . import diagnostics, reference, tasks
 from .adapted import AdaptedMLP
-from .module import ANIL, FOMAML
+from .module import FOMAML
 from .network import Sine
 from .plans import Plan, override
+from .presets import ANIL, MetaSGD, Reptile
 from .problem import Loss
 from .tuning import tune
 from .version import __version__
@@ -14,7 +15,9 @@ __all__ = [
     "FOMAML",
     "AdaptedMLP",
     "Loss",
+    "MetaSGD",
     "Plan",
+    "Reptile",
     "Sine",
     "__version__",
     "diagnostics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,11 @@ class AdaptedMLP:
     def __init__(
         self,
         model: nn.Module,
-        names: tuple[tuple[str, str | None], ...],
+        names: Sequence[str | None],
         tasks: AdaptedTasks,
         parameters: FlatParameters,
     ) -> None:
-        """Of a model with the given parameters, which are live, and named by layer: weight and bias."""
+        """Of a model with the given parameters, which are live; names: what the model calls them."""
         self._model, self._names, self._tasks, self._parameters = model, names, tasks, parameters
         self._like = next(p for p in tasks.parameters if p is not None)
 
@@ -55,16 +56,15 @@ class AdaptedMLP:
     @torch.no_grad()
     def _weights(self, tasks: range) -> dict[str, Tensor]:
         dtype = self._like.dtype
-        collected: dict[str, list[Tensor]] = {name: [] for pair in self._names for name in pair if name is not None}
+        collected: dict[str, list[Tensor]] = {name: [] for name in self._names if name is not None}
         for i, chunk in enumerate(self._tasks.slices):
             start, stop = max(tasks.start, chunk.start), min(tasks.stop, chunk.stop)
             if start >= stop:
                 continue
-            layers = self._tasks.fast_weights(i, slice(start - chunk.start, stop - chunk.start))
-            for values, pair in zip(layers, self._names, strict=True):
-                for name, value in zip(pair, values, strict=True):
-                    if name is not None and value is not None:
-                        collected[name].append(value.to(dtype))
+            found = self._tasks.fast_weights(i, slice(start - chunk.start, stop - chunk.start))
+            for name, value in zip(self._names, found, strict=True):
+                if name is not None and value is not None:
+                    collected[name].append(value.to(dtype))
         shapes = {name: parameter.shape for name, parameter in self._model.named_parameters()}
         return {
             name: torch.cat(values) if values else self._like.new_empty(0, *shapes[name])

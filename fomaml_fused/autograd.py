@@ -6,7 +6,6 @@ nothing per task. `predict` does not: whatever loss comes behind it, its backwar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,25 +16,51 @@ import torch
 from torch import Tensor
 
 from .batch import Query, Support, compute_dtype
-from .engines import FlatParameters, Gradients, batched
+from .engines import FlatParameters, Gradients, batched, listed
 from .plans import Plan
 
 
 def meta_loss(
-    plan: Plan, support: Support, query: Query, reduction: str, parameters: FlatParameters, *, compiled: bool = False
-) -> Tensor:
-    """The mean or sum over tasks of the adapted networks' query losses, differentiable to first order.
+    plan: Plan,
+    support: Support,
+    query: Query | None,
+    share: float | Tensor,
+    parameters: FlatParameters,
+    *,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum over tasks of the adapted networks' losses times their shares, differentiable to first order.
 
     Args:
+        query: None where the outer rule asks for none.
+        share: the cotangent of each task's loss, a number or [T].
         compiled: run each chunk of tasks through `torch.compile`; it compiles once for every plan.
+
+    Returns:
+        The sum; and where diverged tasks are skipped, the shares of the others, summed.
     """
-    wanted = torch.is_grad_enabled()
-    return _MetaLoss.apply(plan, support, query, reduction, wanted, compiled, query.x, *parameters)
+    wanted, query_x = torch.is_grad_enabled(), None if query is None else query.x
+    found: tuple[Tensor, Tensor | None] = _MetaLoss.apply(
+        plan, support, query, share, wanted, compiled, query_x, *parameters
+    )
+    return found
 
 
 def predict(tasks: AdaptedTasks, query_x: Tensor, parameters: FlatParameters) -> Tensor:
     """Outputs of the adapted networks [T, Q, out], differentiable to first order."""
     return _Predict.apply(tasks, query_x, tasks.support.x, tasks.support.y, tasks.support.weight, *parameters)
+
+
+def predict_steps(
+    plan: Plan, support: Support, query_x: Tensor, steps: Sequence[int], parameters: FlatParameters
+) -> Tensor:
+    """Outputs after each of some inner steps, [steps, T, Q, out], differentiable to first order; a batched plan's."""
+    return _PredictSteps.apply(plan, support, tuple(steps), query_x, support.x, support.y, support.weight, *parameters)
+
+
+def half_squared_distances(plan: Plan, support: Support, parameters: FlatParameters) -> Tensor:
+    """Half the squared distance that each task moves, [T], with Reptile's gradient; a batched plan's."""
+    return _Distances.apply(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), *parameters)
 
 
 class AdaptedTasks:
@@ -67,10 +92,11 @@ class AdaptedTasks:
         return adapted, self.engine.query_pass(adapted, x[self.slices[chunk]])
 
     @torch.no_grad()
-    def fast_weights(self, chunk: int, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
-        """Weights [t, out, in] and biases [t, out] of each layer, for some tasks of a chunk."""
-        weights: list[tuple[Tensor, Tensor | None]] = self.engine.fast_weights(self.adapted(chunk), tasks)
-        return weights
+    def fast_weights(self, chunk: int, tasks: slice) -> FlatParameters:
+        """The adapted parameters [t, *shape], as engines list them, for some tasks of a chunk."""
+        weights: Any = self.engine.fast_weights(self.adapted(chunk), tasks)
+        found: FlatParameters = weights if self.plan.engine == "batched" else listed(weights)
+        return found
 
     @torch.no_grad()
     def _adapt(self, tasks: slice) -> Any:
@@ -84,37 +110,41 @@ class _MetaLoss(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         support: Support,
-        query: Query,
-        reduction: str,
+        query: Query | None,
+        share: float | Tensor,
         wanted: bool,
         compiled: bool,
-        query_x: Tensor,
+        query_x: Tensor | None,
         *parameters: Tensor | None,
-    ) -> Tensor:
-        dtype = compute_dtype(query_x.dtype)
+    ) -> tuple[Tensor, Tensor | None]:
         needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
         compiled = compiled and plan.engine == "batched"  # kernels are compiled already
         step = batched.compiled_step(plan, needed) if compiled else partial(_engine(plan).step, plan, needed)
-        shares = _task_shares(query, reduction, dtype)
-        values, features = [], []
+        values, features, counts = [], [], []
         outer: Gradients = [None] * len(parameters)
-        with _without_autocast(query_x):
+        with _without_autocast(support.x):
             for tasks in _slices(plan):
-                share = shares if isinstance(shares, float) else shares[tasks]
-                value, dx, gradients, _ = step(parameters, support.tasks(tasks), query.tasks(tasks), share)
+                part = share if isinstance(share, float) else share[tasks]
+                queries = None if query is None else query.tasks(tasks)
+                value, dx, gradients, kept = step(parameters, support.tasks(tasks), queries, part)
                 values.append(value)
                 features.append(dx)
                 _add(outer, gradients)
+                if kept is not None:
+                    counts.append(kept)
         ctx.dtypes = [t.dtype if t is not None else None for t in (query_x, *parameters)]
-        ctx.inputs, ctx.compute_dtype = (query_x, *parameters), dtype
-        ctx.save_for_backward(_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:]))
-        if not values:  # torch's own convention for no task
-            return query_x.new_full((), 0.0 if reduction == "sum" else math.nan)
-        total = values[0] if len(values) == 1 else torch.stack(values).sum()
-        return total.to(query_x.dtype)
+        ctx.inputs, ctx.compute_dtype = (query_x, *parameters), compute_dtype(support.x.dtype)
+        dx = None if query_x is None else _whole(features, query_x, needed[0])
+        ctx.save_for_backward(dx, *_zeros_for_none(outer, parameters, needed[1:]))
+        if not values:
+            return support.x.new_zeros(()), None
+        kept = _total(counts) if counts else None
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        return _total(values).to(support.x.dtype), kept
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Any, ...]:
         return (*[None] * 6, *_differentiable_once(_MetaLoss._gradients, ctx, cotangent))
 
     @staticmethod
@@ -156,10 +186,90 @@ class _Predict(torch.autograd.Function):
                 features.append(dx)
                 _add(outer, gradients)
         gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
-        return [
-            None if g is None or t is None else g.to(t.dtype)
-            for g, t in zip(gradients, (query_x, *parameters), strict=True)
-        ]
+        return _as_dtypes(gradients, (query_x, *parameters))
+
+
+class _PredictSteps(torch.autograd.Function):
+    """Keeps nothing of the inner loop: its backward runs it again, and the query passes in reverse on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, support: Support, steps: tuple[int, ...], query_x: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.plan, ctx.support, ctx.steps, ctx.inputs = plan, support, steps, (query_x, *tensors[3:])
+        ctx.save_for_backward(query_x, *tensors)  # support set and all, as in `_Predict`
+        chunks = []
+        for tasks in _slices(plan):
+            outputs: list[Tensor] = []
+
+            def visit(adapted: Any, k: int, x: Tensor = query_x[tasks], outputs: list[Tensor] = outputs) -> None:
+                if k in steps:
+                    outputs.append(batched.query_pass(adapted, x).outputs)
+
+            with _without_autocast(query_x):
+                batched.trajectory(plan, tensors[3:], support.tasks(tasks), visit)
+            chunks.append(torch.stack(outputs))
+        if not chunks:
+            return query_x.new_empty(len(steps), *query_x.shape[:2], plan.problem.network.out_features)
+        return torch.cat(chunks, 1).to(query_x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        dx, *gradients = _differentiable_once(_PredictSteps._gradients, ctx, cotangent)
+        return (None, None, None, dx, None, None, None, *gradients)
+
+    @staticmethod
+    def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
+        query_x, _, _, _, *parameters = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[3], *ctx.needs_input_grad[7:])
+        features: list[Tensor | None] = []
+        outer: Gradients = [None] * len(parameters)
+        for tasks in _slices(ctx.plan):
+            own: Gradients = [None]
+
+            def visit(
+                adapted: Any,
+                k: int,
+                x: Tensor = query_x[tasks],
+                d: Tensor = cotangent[:, tasks],
+                own: Gradients = own,
+            ) -> None:
+                if k in ctx.steps:
+                    trace = batched.query_pass(adapted, x)
+                    d = torch.empty_like(trace.outputs).copy_(d[ctx.steps.index(k)])
+                    dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0])
+                    _add(own, [dx])
+                    _add(outer, gradients)
+
+            with _without_autocast(query_x):
+                batched.trajectory(ctx.plan, parameters, ctx.support.tasks(tasks), visit)
+            features += own
+        gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
+        return _as_dtypes(gradients, (query_x, *parameters))
+
+
+class _Distances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tasks: AdaptedTasks, *parameters: Tensor | None) -> Tensor:
+        ctx.tasks, ctx.inputs = tasks, parameters
+        ctx.save_for_backward(tasks.support.x, tasks.support.y, *parameters)
+        found = [batched.half_squared_distances(tasks.adapted(i)) for i in _chunks(tasks)]
+        support_x = tasks.support.x
+        return torch.cat(found).to(support_x.dtype) if found else support_x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return (None, *_differentiable_once(_Distances._gradients, ctx, cotangent))
+
+    @staticmethod
+    def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
+        _, _, *parameters = ctx.saved_tensors
+        tasks, needed = ctx.tasks, ctx.needs_input_grad[1:]
+        outer: Gradients = [None] * len(parameters)
+        for i in _chunks(tasks):
+            shares = cotangent[tasks.slices[i]].to(compute_dtype(cotangent.dtype))
+            _add(outer, batched.displacements(tasks.adapted(i), shares, needed))
+        return _as_dtypes(_zeros_for_none(outer, parameters, needed), parameters)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -243,6 +353,14 @@ def _whole(chunks: Sequence[Tensor | None], x: Tensor, needed: bool) -> Tensor |
     return _joined(found) if found else torch.zeros_like(x) if needed else None
 
 
+def _as_dtypes(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
+    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)]
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
+
+
 def _joined(chunks: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]
 
@@ -253,14 +371,6 @@ def _zeros_for_none(gradients: Gradients, parameters: FlatParameters, needed: Se
         torch.zeros_like(p) if g is None and need and p is not None else g
         for g, p, need in zip(gradients, parameters, needed, strict=True)
     ]
-
-
-def _task_shares(query: Query, reduction: str, dtype: torch.dtype) -> float | Tensor:
-    """The cotangent of each task's loss: a number, or [T]."""
-    if query.task_weight is None:
-        return 1.0 if reduction == "sum" else 1.0 / max(query.x.shape[0], 1)
-    weight = query.task_weight.to(dtype)
-    return weight if reduction == "sum" else weight / weight.sum()
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager[None]:

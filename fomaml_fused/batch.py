@@ -97,18 +97,25 @@ def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: 
 
     Args:
         like: one of the network's parameters; the data share its dtype and device.
-        x: [T, S, in].  y: [T, S] int64 class indices for cross-entropy, else [T, S, out].
-        weight: a weight per sample [T, S], bool or the dtype of `like`.
+        x: [T, S, in], or [T, K, S, in] for samples of their own at every inner step.
+        y: [T, S] int64 class indices for cross-entropy, else [T, S, out]; or with the axis of steps.
+        weight: a weight per sample [T, S], bool or the dtype of `like`; or with the axis of steps.
 
     Raises:
         TypeError: an argument is not a tensor, or has the wrong dtype.
         ValueError: wrong rank, sizes that differ, another device, no sample to adapt on, a class out of range.
     """
-    _check_features("support_x", x, problem.network, like)
+    each_step = isinstance(x, Tensor) and x.dim() == 4
+    _check_features("support_x", x, problem.network, like, 4 if each_step else 3)
     _check_targets("support_y", y, "support_x", x, problem.loss, problem.network, like)
-    weight = _check_weight("support_weight", weight, x.shape[:2], like, "[tasks, shots]")
-    if x.shape[1] == 0 and problem.inner.steps > 0:
-        raise ValueError(f"support_x has no sample: {list(x.shape)}; each of the {problem.inner.steps} steps takes one")
+    shape_name = "[tasks, steps, shots]" if each_step else "[tasks, shots]"
+    weight = _check_weight("support_weight", weight, x.shape[:-1], like, shape_name)
+    steps = problem.inner.steps
+    if each_step and x.shape[1] != steps:
+        raise ValueError(f"support_x has samples of {x.shape[1]} steps, {list(x.shape)}; there are {steps} steps")
+    if x.shape[-2] == 0 and steps > 0:
+        raise ValueError(f"support_x has no sample: {list(x.shape)}; each of the {steps} steps takes one")
+    _check_statistics("support_x", x, problem.network)
     return Support(x.detach(), y.detach(), weight)
 
 
@@ -129,8 +136,12 @@ def check_query(
     check_query_features(problem, like, tasks, x)
     _check_targets("query_y", y, "query_x", x, problem.outer_loss, problem.network, like)
     weight = _check_weight("query_weight", weight, x.shape[:2], like, "[tasks, queries]")
-    task_weight = _check_weight("task_weight", task_weight, x.shape[:1], like, "[tasks]")
-    return Query(x, y, weight, task_weight)
+    return Query(x, y, weight, check_task_weight(task_weight, tasks, like))
+
+
+def check_task_weight(weight: Tensor | None, tasks: int, like: Tensor) -> Tensor | None:
+    """A weight per task [T], or the error that says what is wrong with it."""
+    return _check_weight("task_weight", weight, torch.Size([tasks]), like, "[tasks]")
 
 
 def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) -> None:
@@ -141,6 +152,7 @@ def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) 
             f"query_x has {x.shape[0]} tasks, support_x has {tasks}; both hold one row of samples per task: "
             "[tasks, samples, features]"
         )
+    _check_statistics("query_x", x, problem.network)
 
 
 def _check_tensor(name: str, value: object, like: Tensor) -> None:
@@ -155,25 +167,32 @@ def _check_dtype(name: str, value: Tensor, dtype: torch.dtype, reason: str) -> N
         raise TypeError(f"{name} is {value.dtype}; it takes {dtype}, {reason}")
 
 
-def _check_features(name: str, x: Tensor, network: Network, like: Tensor) -> None:
+def _check_features(name: str, x: Tensor, network: Network, like: Tensor, dims: int = 3) -> None:
     _check_tensor(name, x, like)
-    if x.dim() != 3:
+    if x.dim() != dims:
         raise ValueError(f"{name} has shape {list(x.shape)}; it takes [tasks, samples, features]")
-    if x.shape[2] != network.in_features:
-        raise ValueError(f"{name} has {x.shape[2]} features; the network takes {network.in_features}")
+    if x.shape[-1] != network.in_features:
+        raise ValueError(f"{name} has {x.shape[-1]} features; the network takes {network.in_features}")
     _check_dtype(name, x, like.dtype, "as the model")
+
+
+def _check_statistics(name: str, x: Tensor, network: Network) -> None:
+    """A BatchNorm takes the statistics of a task's samples, as torch's own does in training."""
+    if network.mixes_samples and x.shape[-2] == 1:
+        raise ValueError(f"{name} has one sample a task, {list(x.shape)}; a BatchNorm takes more than one")
 
 
 def _check_targets(name: str, y: Tensor, x_name: str, x: Tensor, loss: Loss, network: Network, like: Tensor) -> None:
     _check_tensor(name, y, like)
-    if y.shape[:2] != x.shape[:2]:
+    samples = x.dim() - 1  # dimensions of tasks and samples
+    if y.shape[:samples] != x.shape[:samples]:
         raise ValueError(
             f"{name} has shape {list(y.shape)}, {x_name} has {list(x.shape)}; both take the same [tasks, samples, ...]"
         )
     if loss.name == "callable":  # what its targets are, the callable knows
         return
     if loss.takes_classes:
-        if y.dim() != 2:
+        if y.dim() != samples:
             raise ValueError(f"{name} has shape {list(y.shape)}; {loss.name} takes class indices [tasks, samples]")
         _check_dtype(name, y, torch.int64, "as class indices")
         # Reading the values would stall a device, so there it is done only in torch's own debugging mode.
@@ -185,10 +204,10 @@ def _check_targets(name: str, y: Tensor, x_name: str, x: Tensor, loss: Loss, net
                     f"so it takes 0 to {network.out_features - 1}"
                 )
     else:
-        if y.dim() != 3 or y.shape[2] != network.out_features:
+        if y.dim() != samples + 1 or y.shape[-1] != network.out_features:
             raise ValueError(
                 f"{name} has shape {list(y.shape)}; {loss.name} takes [tasks, samples, outputs], "
-                f"{[*x.shape[:2], network.out_features]}"
+                f"{[*x.shape[:-1], network.out_features]}"
             )
         _check_dtype(name, y, like.dtype, "as the model")
 

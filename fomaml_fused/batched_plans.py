@@ -11,15 +11,21 @@ import torch
 from .batch import Sizes
 from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
 from .engines import fold_step
+from .inner import InnerLoop
 from .plans import FORMS, Estimate, LayerPlan, Override, Plan
 from .problem import Problem
 
 
-def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan]:
+def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan | str]:
     """The plan of batched torch ops, and what it would be with every layer in one form."""
-    found = {"batched": _fastest(problem, sizes, told, reason)}
+    found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, told, reason)}
     for form in FORMS:
         forms = (form,) * problem.network.depth
+        moving = range(problem.inner.first_adapted, problem.network.depth)
+        why = next((w for i in moving if (w := form_obstacle(problem, i, form)) and problem.inner.adapt[i]), None)
+        if why is not None:
+            found[f"all {form}"] = why
+            continue
         found[f"all {form}"] = _fastest(problem, sizes, replace(told, forms=forms, chunk=None), reason)
     return found
 
@@ -38,13 +44,23 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     inner, layers = problem.inner, problem.network.layers
     itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)
     shape = Shape(
-        chunk, sizes.shots, sizes.queries, inner.steps, itemsize, inner.momentum > 0.0, inner.weight_decay > 0.0
+        tasks=chunk,
+        shots=sizes.shots,
+        queries=0 if problem.outer == "reptile" else sizes.queries,
+        steps=inner.steps,
+        itemsize=itemsize,
+        momentum=inner.momentum > 0.0,
+        decay=inner.weight_decay > 0.0,
+        passes=max(inner.steps, 1) if problem.multi_step else 1,
+        updates=_updates(inner),
+        copies=2 * (inner.optimizer == "adam")
+        + (0 if inner.learn_lr is None else inner.steps if inner.learns_each_step else 1),
     )
     times = math.ceil(sizes.tasks / chunk)
     chosen, held, state = [], 0.0, 0.0
     for i, layer in enumerate(layers):
-        chosen.append(_plan_layer(problem, i, shape, device, told, times))
-        form, first = chosen[-1].form, i == inner.first_adapted
+        chosen.append(_plan_layer(problem, i, shape, device, told, times, sizes.each_step))
+        form, first = chosen[-1].form, i == inner.first_adapted and not sizes.each_step
         held += layer_bytes(layer, form, first, shape)
         state += state_bytes(layer, form, first, shape)
     return Plan(
@@ -61,10 +77,12 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     )
 
 
-def _plan_layer(problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int) -> LayerPlan:
+def _plan_layer(
+    problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int, each_step: bool
+) -> LayerPlan:
     """The cheapest form of a layer, or the one that is told, over `times` chunks."""
     inner, layer = problem.inner, problem.network.layers[i]
-    first = i <= inner.first_adapted
+    first = i < inner.first_adapted or (i == inner.first_adapted and not each_step)
     if i < inner.first_adapted:  # its support features stay the same at every step
         shape = replace(shape, steps=min(shape.steps, 1))
 
@@ -72,15 +90,52 @@ def _plan_layer(problem: Problem, i: int, shape: Shape, device: Device, told: Ov
         working_set = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
         return _estimate(layer_operations(layer, form, first, i == 0, shape), device, working_set, times)
 
-    if i < inner.first_adapted or not inner.adapt[i]:
+    forms = [form for form in FORMS if form_obstacle(problem, i, form) is None]
+    if not forms:
         return LayerPlan("shared", (("shared", estimate("shared")),))
     if told.forms is not None:
-        estimates = {form: estimate(form) for form in (*FORMS, told.forms[i])}
+        estimates = {form: estimate(form) for form in (*forms, told.forms[i])}
         return LayerPlan(told.forms[i], tuple(estimates.items()))
-    folds = {form: estimate(form) for form in _folds(inner.steps)}
-    fold = min(folds, key=lambda form: folds[form].seconds)
-    estimates = {form: estimate(form) for form in FORMS} | {fold: folds[fold]}
+    estimates = {form: estimate(form) for form in forms}
+    folds = {form: estimate(form) for form in _folds(inner.steps) if form_obstacle(problem, i, form) is None}
+    if folds:
+        fold = min(folds, key=lambda form: folds[form].seconds)
+        estimates[fold] = folds[fold]
     return LayerPlan(min(estimates, key=lambda form: estimates[form].seconds), tuple(estimates.items()))
+
+
+def form_obstacle(problem: Problem, i: int, form: str) -> str | None:
+    """Why a layer cannot take a form, "primal", "dual" or "dual:k"; None where it can."""
+    inner, moves = problem.inner, problem.inner.adapt[i]
+    if i < inner.first_adapted or not ("weight" in moves or "bias" in moves):
+        return "the layer does not move"
+    if form == "primal":
+        return None
+    if "weight" not in moves:
+        return "the layer's bias moves alone"
+    if inner.needs_gradient is not None:
+        return inner.needs_gradient
+    if fold_step(form) and inner.learn_lr is not None:
+        return "the gradient of learned rates comes from a whole history, or from sums of weights"
+    return None
+
+
+def _updates(inner: InnerLoop) -> int:
+    """As of `Shape`: what `engines.rules` does to numbers as many as a weight's, once a gradient is written."""
+    decoupled = inner.decoupled and inner.weight_decay > 0.0
+    if not (inner.needs_gradient or inner.learn_lr or inner.nesterov or (decoupled and inner.momentum)):
+        return 0
+    adam = 9 * (inner.optimizer == "adam")
+    clips = (inner.max_grad_value is not None) + 2 * (inner.max_grad_norm is not None)
+    return (
+        2
+        + adam
+        + clips
+        + (inner.weight_decay > 0.0)
+        + (inner.momentum > 0.0)
+        + inner.nesterov
+        + (inner.learn_lr is not None)
+    )
 
 
 def _estimate(operations: Iterable[Operation], device: Device, working_set: float, times: int) -> Estimate:
@@ -111,6 +166,8 @@ def check_forms(forms: tuple[str, ...], problem: Problem) -> None:
     depth, steps = problem.network.depth, problem.inner.steps
     if len(forms) != depth:
         raise ValueError(f"forms is {forms}; it takes one of 'primal', 'dual', 'dual:k' for each of the {depth} layers")
-    for form in forms:
+    for i, form in enumerate(forms):
         if (fold_step(form) or 0) > steps:
             raise ValueError(f"forms has {form!r}; 'dual:k' takes 1 <= k <= {steps}, the number of inner steps")
+        if form_obstacle(problem, i, "primal") is None and (why := form_obstacle(problem, i, form)) is not None:
+            raise ValueError(f"forms has {form!r} for layer {i}, which cannot take it: {why}")

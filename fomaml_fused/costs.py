@@ -59,7 +59,15 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a chunk of tasks, and of the loop that runs over it."""
+    """The sizes of a chunk of tasks, and of the loop that runs over it.
+
+    Attributes:
+        momentum, decay: whether the loop has them.
+        passes: of the query set.
+        updates: of a step whose gradient is written before it is used, the operations on numbers as many as a weight's;
+            0 where it is summed right into what it changes.
+        copies: as large as a weight, of each task, beside that and a velocity: Adam's moments, what rates multiplied.
+    """
 
     tasks: int
     shots: int
@@ -68,6 +76,9 @@ class Shape:
     itemsize: int
     momentum: bool
     decay: bool
+    passes: int = 1
+    updates: int = 0
+    copies: int = 0
 
     def product(self, matrices: int, m: int, k: float, n: float, passes: int = 1, count: int = 1) -> Operation:
         """`matrices` products [m, k] x [k, n], `count` times; `passes` over the result, 2 where it is added to."""
@@ -92,15 +103,16 @@ def layer_operations(layer: Layer, form: str, first: bool, lowest: bool, shape: 
     i, o = layer.in_features, layer.out_features
     fold, mm = fold_step(form), shape.product
 
-    yield shape.elementwise(t * s * o, count=2 * steps)  # the activation and its derivative
-    yield shape.elementwise(t * q * o, count=2 + layer.bias)  # and the bias's outer gradient
-    yield mm(1, o, t * q, i, passes=2)
+    norm = 0 if layer.norm is None else 14  # operations of a normalisation and of its derivative
+    yield shape.elementwise(t * s * o, count=(2 + norm) * steps)  # the activation and its derivative
+    yield shape.elementwise(t * q * o, count=(2 + norm + layer.bias) * shape.passes)  # and the bias's outer gradient
+    yield mm(1, o, t * q, i, passes=2, count=shape.passes)
     if form == "shared":
         yield from _shared_passes(layer, shape, s, not first, count=steps)
-        yield from _shared_passes(layer, shape, q, not lowest)
+        yield from _shared_passes(layer, shape, q, not lowest, count=shape.passes)
     elif form == "primal":
         yield from _primal_steps(layer, first, shape, 0)
-        yield from _primal_passes(layer, shape, q, not lowest)
+        yield from _primal_passes(layer, shape, q, not lowest, count=shape.passes)
     else:
         yield from _dual_steps(layer, first, shape, fold or steps)
         if fold:
@@ -109,9 +121,10 @@ def layer_operations(layer: Layer, form: str, first: bool, lowest: bool, shape: 
             yield shape.elementwise(t * rank * o, count=sums * (layer.bias + (shape.momentum or shape.decay)))
             yield shape.elementwise(t * o, count=sums * 2 * layer.bias)
             yield from _primal_steps(layer, first, shape, fold)
-            yield from _primal_passes(layer, shape, q, not lowest)
+            yield from _primal_passes(layer, shape, q, not lowest, count=shape.passes)
         else:
-            yield from _dual_passes(layer, shape, q, s if first else steps * s, not lowest)
+            past = s if first else steps * s * (1.0 if shape.passes == 1 else 0.5)
+            yield from _dual_passes(layer, shape, q, past, not lowest, count=shape.passes)
 
 
 def _primal_steps(layer: Layer, first: bool, shape: Shape, start: int) -> Iterator[Operation]:
@@ -126,7 +139,9 @@ def _primal_steps(layer: Layer, first: bool, shape: Shape, start: int) -> Iterat
     if layer.bias:
         yield shape.elementwise(t * s * o, count=steps)
         yield shape.elementwise(t * o, count=steps * (3 if shape.momentum else 1))
-    if shape.momentum:
+    if shape.updates:
+        yield shape.elementwise(t * i * o, passes=3, count=steps * shape.updates)
+    elif shape.momentum:
         yield shape.elementwise(t * i * o, passes=3, count=steps * (1 + shape.decay))
 
 
@@ -180,7 +195,7 @@ def layer_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     rows, dual = s + q, fold_step(form) or (shape.steps if form == "dual" else 0)
     held = rows * (i + 2 * o)  # inputs, what the activation keeps, gradients
     if form == "primal" or fold_step(form):
-        held += o * (i + 1) * (2 if shape.momentum else 1)
+        held += o * (i + 1) * (1 + shape.momentum + shape.copies + (3 if shape.updates else 0))
     if dual and first:
         held += s * o * (2 + shape.momentum) + rows * s
     elif dual:
@@ -192,7 +207,7 @@ def state_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     """Bytes of a chunk's adapted layer, as `adapt` and `predict` keep it."""
     i, o, s = layer.in_features, layer.out_features, shape.shots
     if form == "primal" or fold_step(form):
-        held = o * (i + layer.bias)
+        held = o * (i + layer.bias) * (1 + shape.copies)
     elif form == "dual" and first:
         held = s * (2 * o + s + i)
     elif form == "dual":

@@ -78,7 +78,11 @@ class InnerLoop:
             raise ValueError(f"momentum is {self.momentum}; optimizer 'adam' takes betas instead")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov is True; it takes a momentum above 0")
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+        if (
+            not isinstance(self.betas, tuple)
+            or len(self.betas) != 2
+            or not all(0.0 <= beta < 1.0 for beta in self.betas)
+        ):
             raise ValueError(f"betas is {self.betas}; it takes two numbers in [0, 1)")
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,17 +12,32 @@ from torch import Tensor, nn
 
 from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, meta_loss, predict
-from .batch import Sizes, Support, cast_targets, check_query, check_query_features, check_support, compute_dtype
+from .autograd import AdaptedTasks, half_squared_distances, meta_loss, predict, predict_steps
+from .batch import (
+    Query,
+    Sizes,
+    Support,
+    cast_targets,
+    check_query,
+    check_query_features,
+    check_support,
+    check_task_weight,
+    compute_dtype,
+)
 from .engines import FlatParameters
 from .engines.losses import task_loss
-from .inner import Adapt, InnerLoop, adapted_parts, inner_rates
+from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .network import part_names, read_network
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
 from .problem import Loss, Problem, SampleLoss
+from .ragged import Counts, Group, TaskCounts, plan_groups, query_of, read_counts, support_of
+from .rates import LearnedRates
 
 REDUCTIONS = ("mean", "sum", "none")
+
+# Tasks that are computed together: which of the batch they are, None for all, and how they are.
+Part = tuple[Group | None, Plan, Support, Query | None]
 
 
 class FOMAML(nn.Module):
@@ -91,7 +108,7 @@ class FOMAML(nn.Module):
             nesterov=nesterov,
             weight_decay=weight_decay,
             decoupled=decoupled_weight_decay,
-            betas=tuple(betas),
+            betas=betas,
             eps=eps,
             max_grad_norm=max_grad_norm,
             max_grad_value=max_grad_value,
@@ -108,33 +125,66 @@ class FOMAML(nn.Module):
         self.problem = Problem(network, inner, inner_loss, outer_rule, outer, multi_step, nonfinite)
         self.backend, self.precision, self.compiled = backend, precision, compile
         self._blocks, self._read = blocks, list(model.modules())
+        self.step_weights = step_weights
+        self.skipped: Tensor | None = None
+        if learn_lr is not None:
+            self.inner_lr = LearnedRates(inner, positive_lr, [block.parameters() for block in blocks])
+        elif positive_lr is not None:
+            raise ValueError(f"positive_lr is {positive_lr!r}; it takes learn_lr beside it")
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
+
+    @property
+    def step_weights(self) -> tuple[float, ...] | None:
+        """What the query loss after each inner step counts, [K]; may be set anew, as MAML++ anneals it."""
+        return self._step_weights
+
+    @step_weights.setter
+    def step_weights(self, weights: Sequence[float] | None) -> None:
+        if (weights is not None) != self.problem.multi_step:
+            raise ValueError(f"step_weights is {weights!r}; whether there are any is decided when the module is made")
+        if weights is not None:
+            values = [float(w) for w in weights]
+            steps = self.problem.inner.steps
+            if len(values) != steps or not all(map(math.isfinite, values)) or not any(values):
+                raise ValueError(
+                    f"step_weights is {values}; it takes a finite number for each of the {steps} steps, not all 0"
+                )
+            weights = tuple(values)
+        self._step_weights = weights
 
     def forward(
         self,
         support_x: Tensor,
         support_y: Tensor,
-        query_x: Tensor,
-        query_y: Tensor,
+        query_x: Tensor | None = None,
+        query_y: Tensor | None = None,
         *,
         support_weight: Tensor | None = None,
         query_weight: Tensor | None = None,
         task_weight: Tensor | None = None,
+        support_counts: Counts | None = None,
+        query_counts: Counts | None = None,
+        step_counts: Counts | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """The query loss of the adapted networks.
 
         Args:
-            support_x: [T, S, in].  query_x: [T, Q, in]; its gradient flows, to first order.
+            support_x: [T, S, in]; or [T, K, S, in], samples of their own for each inner step.
+            query_x: [T, Q, in]; its gradient flows, to first order. None, as `query_y`, with `outer="reptile"`.
             support_y, query_y: [T, S] and [T, Q] int64 for cross-entropy, else [T, S, out] and [T, Q, out].
             support_weight, query_weight: a weight per sample, [T, S] and [T, Q]; a mask is a weight of 0 or 1. A task's
                 loss is the weighted mean over its samples.
             task_weight: [T].
+            support_counts, query_counts: how many of its samples, the first ones, each task has, [T]. Tasks of about
+                as many run together, so that none pays for another's. Tensors are read, which waits for their device.
+            step_counts: how many inner steps each task takes, [T].
             reduction: over tasks, as in `torch.nn.functional.cross_entropy`: "mean" (weighted), "sum" or "none".
 
         Returns:
-            A scalar, or [T] with `reduction="none"`. A mean over nothing is nan, as in torch.
+            A scalar, or [T] with `reduction="none"`. A mean over nothing is nan, as in torch. With `outer="reptile"`,
+            half the squared distance that a task moves, whose gradient is Reptile's.
 
         Raises:
             TypeError, ValueError: an argument is not taken; the message names it.
@@ -142,19 +192,17 @@ class FOMAML(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}")
         support = self._support(support_x, support_y, support_weight)
-        query = check_query(self.problem, self._like, support.x.shape[0], query_x, query_y, query_weight, task_weight)
-        plan = self._plan(support, query_x.shape[1])
-        # The fused loss has gradients for parameters and query features. What else may ask for one, a callable's own
-        # parameters included, goes through predict.
-        asks = any(t is not None and t.requires_grad for t in (query.y, query.weight, query.task_weight))
-        asks = asks or (self.problem.outer_loss.name == "callable" and torch.is_grad_enabled())
-        if plan.engine != "reference" and reduction != "none" and not asks:
-            return meta_loss(plan, support, query, reduction, self._parameters_flat(), compiled=self.compiled)
-        dtype = compute_dtype(query_x.dtype)
-        outputs = self._predict(plan, support, query_x).to(dtype)
-        y = cast_targets(query.y, dtype)
-        loss = task_loss(self.problem.outer_loss, y, query.weight, outputs.shape[2], dtype)
-        return reference.reduce_tasks(loss.values(outputs), query.task_weight, reduction).to(query_x.dtype)
+        tasks, shots = support.x.shape[0], support.x.shape[-2]
+        query = self._query(tasks, query_x, query_y, query_weight, task_weight)
+        queries = 0 if query is None else query.x.shape[1]
+        counts = self._counts(tasks, shots, queries, support_counts, query_counts, step_counts)
+        if self.backend == "reference":
+            return self._reference_loss(support, query, task_weight, counts, reduction)
+        parts = self._parts(support, query, counts)
+        if reduction == "none" or self._asks(query):
+            losses = [self._losses(plan, own, asked) for _, plan, own, asked in parts]
+            return self._reduce(self._in_order(losses, parts, tasks), task_weight, reduction)
+        return self._fused(parts, query, task_weight, tasks, reduction)
 
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
@@ -169,7 +217,7 @@ class FOMAML(nn.Module):
     ) -> AdaptedMLP | ReferenceAdapted:
         """The adapted networks, to be called on any number of query samples."""
         support = self._support(support_x, support_y, support_weight)
-        plan = self._plan(support, support.x.shape[1])
+        plan = self._plan(support, support.x.shape[-2])
         if plan.engine == "reference":
             return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
         live = self._parameters_flat()
@@ -201,6 +249,18 @@ class FOMAML(nn.Module):
         )
         return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
 
+    def adapted_names(self) -> list[str]:
+        """The names of the parameters that move in the inner loop."""
+        layers = part_names(self.model, self._blocks)
+        return [names[part] for names, parts in zip(layers, self.problem.inner.adapt, strict=True) for part in parts]
+
+    def reference_options(self) -> dict[str, Any]:
+        """The inner loop as the functions of `reference` take it; learned rates ask for their gradient."""
+        options = self.problem.inner.options() | {"adapt": self.adapted_names(), "loss": self.problem.loss}
+        if self.problem.inner.learn_lr is not None:
+            options["lr"] = self.inner_lr.for_reference(part_names(self.model, self._blocks))
+        return options
+
     def extra_repr(self) -> str:
         return f"{self.problem}, backend={self.backend!r}"
 
@@ -211,10 +271,173 @@ class FOMAML(nn.Module):
     def _support(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Support:
         return check_support(self.problem, self._like, x, y, weight)
 
+    def _query(
+        self, tasks: int, x: Tensor | None, y: Tensor | None, weight: Tensor | None, task_weight: Tensor | None
+    ) -> Query | None:
+        if self.problem.outer == "reptile":
+            for name, value in (("query_x", x), ("query_y", y), ("query_weight", weight)):
+                if value is not None:
+                    raise ValueError(f"{name} is given; outer 'reptile' takes no query set")
+            check_task_weight(task_weight, tasks, self._like)
+            return None
+        if x is None or y is None:
+            raise TypeError(f"query_{'x' if x is None else 'y'} is NoneType; outer 'fomaml' takes query sets")
+        query = check_query(self.problem, self._like, tasks, x, y, weight, task_weight)
+        return replace(query, step_weights=self.step_weights)
+
+    def _counts(
+        self,
+        tasks: int,
+        shots: int,
+        queries: int,
+        support_counts: Counts | None,
+        query_counts: Counts | None,
+        step_counts: Counts | None,
+    ) -> TaskCounts | None:
+        if support_counts is None and query_counts is None and step_counts is None:
+            return None
+        if query_counts is not None and self.problem.outer == "reptile":
+            raise ValueError("query_counts is given; outer 'reptile' takes no query set")
+        return TaskCounts(
+            read_counts("support_counts", support_counts, tasks, shots, 1 if self.problem.inner.steps else 0),
+            read_counts("query_counts", query_counts, tasks, queries, 0),
+            read_counts("step_counts", step_counts, tasks, self.problem.inner.steps, 0),
+        )
+
+    def _parts(self, support: Support, query: Query | None, counts: TaskCounts | None) -> list[Part]:
+        """The batch as it is computed: whole, or by groups of tasks that are alike."""
+        if counts is None:
+            queries = 0 if query is None else query.x.shape[1]
+            return [(None, self._plan(support, queries), support, query)]
+        sizes, steps = self._sizes(support, 0), self.problem.inner.steps
+        planned = plan_groups(self.problem, sizes, counts, self.backend, self._precision(sizes.device))
+        return [
+            (
+                group,
+                plan,
+                support_of(group, support, counts),
+                None if query is None else query_of(group, query, counts, steps),
+            )
+            for group, plan in planned
+        ]
+
+    def _fused(
+        self, parts: list[Part], query: Query | None, task_weight: Tensor | None, tasks: int, reduction: str
+    ) -> Tensor:
+        """The sum or mean over tasks, with its gradient taken on the way."""
+        dtype = compute_dtype(self._like.dtype)
+        skips = self.problem.nonfinite == "skip"
+        weight = None if task_weight is None else task_weight.to(dtype)
+        # Where tasks may be skipped, what the mean is over is known when all are through.
+        whole: float | Tensor = 1.0
+        if reduction == "mean" and not skips:
+            whole = float(max(tasks, 1)) if weight is None else weight.sum()
+        total, kept = [], []
+        for group, plan, support, own in parts:
+            part = weight if group is None or weight is None else weight[list(group.tasks)]
+            if own is not None and own.task_weight is not None:
+                part = own.task_weight.to(dtype)
+            share = 1.0 / whole if part is None else part / whole
+            found, counted = meta_loss(
+                plan, support, own, share, self._parameters_flat(plan.problem), compiled=self.compiled
+            )
+            total.append(found)
+            if counted is not None:
+                kept.append(counted)
+        value = total[0] if len(total) == 1 else torch.stack(total).sum()
+        if tasks == 0 and reduction == "mean":  # torch's own convention for no task
+            return value + math.nan
+        if not skips:
+            return value
+        counted = torch.stack(kept).sum() if kept else value.new_zeros(())
+        self.skipped = (tasks if weight is None else weight.sum()) - counted
+        if reduction == "sum":
+            return value
+        any_left = counted != 0
+        return value / torch.where(any_left, counted, 1.0).to(value.dtype) + torch.where(any_left, 0.0, math.nan)
+
+    def _asks(self, query: Query | None) -> bool:
+        """Whether more may ask for a gradient than the parameters and query features, for which the fused loss has it.
+
+        A callable's own parameters may, for one.
+        """
+        if query is None:
+            return False
+        asked = (query.y, query.weight, query.task_weight)
+        if any(t is not None and t.requires_grad for t in asked):
+            return True
+        return self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
+
+    def _losses(self, plan: Plan, support: Support, query: Query | None) -> Tensor:
+        """The loss of each task [T], differentiable by whatever comes behind it."""
+        parameters = self._parameters_flat(plan.problem)
+        if query is None:
+            return half_squared_distances(self._batched(plan), support, parameters)
+        dtype = compute_dtype(query.x.dtype)
+        y, weight = cast_targets(query.y, dtype), query.weight
+        if query.step_weights is None:
+            outputs = self._predict(plan, support, query.x).to(dtype)
+            return task_loss(plan.problem.outer_loss, y, weight, outputs.shape[2], dtype).values(outputs)
+        counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}
+        outputs = predict_steps(self._batched(plan), support, query.x, list(counted), parameters).to(dtype)
+        loss = task_loss(plan.problem.outer_loss, y, weight, outputs.shape[3], dtype)
+        return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
+
+    def _in_order(self, losses: list[Tensor], parts: list[Part], tasks: int) -> Tensor:
+        """The losses of all tasks [T] from those of the groups."""
+        if len(parts) == 1 and parts[0][0] is None:
+            return losses[0]
+        order = [t for group, *_ in parts if group is not None for t in group.tasks]
+        back = torch.tensor(order, device=self._like.device, dtype=torch.long).argsort()
+        return torch.cat(losses)[back] if losses else self._like.new_empty(tasks)
+
+    def _reduce(self, losses: Tensor, task_weight: Tensor | None, reduction: str) -> Tensor:
+        if self.problem.nonfinite == "skip" and reduction != "none":
+            keep = losses.isfinite()
+            self.skipped = (~keep).sum() if task_weight is None else task_weight[~keep].sum()
+            losses, task_weight = losses[keep], None if task_weight is None else task_weight[keep]
+        return reference.reduce_tasks(losses, task_weight, reduction).to(self._like.dtype)
+
+    def _reference_loss(
+        self,
+        support: Support,
+        query: Query | None,
+        task_weight: Tensor | None,
+        counts: TaskCounts | None,
+        reduction: str,
+    ) -> Tensor:
+        problem = self.problem
+        return reference.meta_loss(
+            self.model,
+            support.x,
+            support.y,
+            None if query is None else query.x,
+            None if query is None else query.y,
+            **self.reference_options(),
+            outer_loss=problem.outer_loss,
+            outer=problem.outer,
+            step_weights=self.step_weights,
+            nonfinite=problem.nonfinite,
+            support_weight=support.weight,
+            query_weight=None if query is None else query.weight,
+            task_weight=task_weight,
+            support_counts=None if counts is None else counts.shots,
+            query_counts=None if counts is None else counts.queries,
+            step_counts=None if counts is None else counts.steps,
+            reduction=reduction,
+        )
+
+    def _sizes(self, support: Support, queries: int) -> Sizes:
+        shape, each_step = support.x.shape, support.each_step
+        return Sizes(shape[0], shape[-2], queries, support.x.dtype, support.x.device, each_step)
+
     def _plan(self, support: Support, queries: int) -> Plan:
-        tasks, shots, _ = support.x.shape
-        sizes = Sizes(tasks, shots, queries, support.x.dtype, support.x.device)
+        sizes = self._sizes(support, queries)
         return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
+
+    def _batched(self, plan: Plan) -> Plan:
+        """The same batch in the engine of torch ops, for what it alone gives."""
+        return plan if plan.engine == "batched" else make_plan(plan.problem, plan.sizes, "torch")
 
     def _precision(self, device: torch.device) -> str:
         if self.precision is not None:
@@ -226,27 +449,23 @@ class FOMAML(nn.Module):
     def _predict(self, plan: Plan, support: Support, query_x: Tensor) -> Tensor:
         if plan.engine == "reference":
             return reference.run_tasks(self.model, self._reference_weights(support), query_x)
-        parameters = self._parameters_flat()
+        parameters = self._parameters_flat(plan.problem)
         return predict(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), query_x, parameters)
 
     def _reference_weights(self, support: Support) -> list[dict[str, Tensor]]:
+        options, weight = self.reference_options(), support.weight
         return [
             reference.adapt_task(
-                self.model,
-                support.x[t],
-                support.y[t],
-                **self.problem.inner.options(),
-                adapt=self.adapted_names(),
-                loss=self.problem.loss,
-                weight=None if support.weight is None else support.weight[t],
+                self.model, support.x[t], support.y[t], **options, weight=None if weight is None else weight[t]
             )
             for t in range(support.x.shape[0])
         ]
 
-    def _parameters_flat(self) -> FlatParameters:
+    def _parameters_flat(self, problem: Problem | None = None) -> FlatParameters:
+        """As engines list them; problem: with fewer inner steps than this module's, for a group of tasks."""
         if list(self.model.modules()) != self._read:
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
-        flat = tuple(p for block in self._blocks for p in block.parameters().values())
+        flat = [p for block in self._blocks for p in block.parameters().values()]
         like = self._like
         for p in flat:
             if p is not None and (p.dtype != like.dtype or p.device != like.device):
@@ -254,28 +473,18 @@ class FOMAML(nn.Module):
                     f"model has parameters of {like.dtype} on {like.device} and of {p.dtype} on {p.device}; "
                     "all take the same dtype and device"
                 )
-        return flat
+        if self.problem.inner.learn_lr is None:
+            return flat
+        rates = self.inner_lr.listed()
+        if problem is not None and self.problem.inner.learns_each_step:
+            assert rates[0] is not None
+            rates = [rates[0][: problem.inner.steps]]
+        return [*flat, *rates]
 
-    def adapted_names(self) -> list[str]:
-        """The names of the parameters that move."""
+    def _names(self) -> list[str | None]:
+        """The parameters' names in the model, as engines list them."""
         layers = part_names(self.model, self._blocks)
-        return [names[part] for names, parts in zip(layers, self.problem.inner.adapt, strict=True) for part in parts]
-
-    def _names(self) -> tuple[tuple[str, str | None], ...]:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return tuple(
-            (names[id(linear.weight)], None if linear.bias is None else names[id(linear.bias)])
-            for linear in (block.linear for block in self._blocks)
-        )
-
-
-class ANIL(FOMAML):
-    """`FOMAML` whose inner loop moves the head alone (Raghu et al. 2020); every layer gets its outer gradient."""
-
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        if "adapt" in options:
-            raise TypeError("ANIL adapts the head; FOMAML takes adapt")
-        super().__init__(model, adapt="head", **options)
+        return [names.get(part) for names in layers for part in PARTS]
 
 
 def _to_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

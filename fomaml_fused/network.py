@@ -52,9 +52,8 @@ class Block:
 
     def parameters(self) -> dict[str, nn.Parameter | None]:
         """By part, in the order of `inner.PARTS`; None for those that it lacks."""
-        found: list[nn.Parameter | None] = []
-        for module in (self.linear, self.norm):
-            found += [None, None] if module is None else [module.weight, module.bias]
+        modules = (self.linear, self.linear, self.norm, self.norm)
+        found = (getattr(module, part, None) for module, part in zip(modules, ("weight", "bias") * 2, strict=True))
         return dict(zip(PARTS, found, strict=True))
 
 

@@ -266,8 +266,9 @@ def _first_rates(model: nn.Module, lr: Any, steps: int, taken: int) -> Any:
     if isinstance(lr, Mapping):
         return lr
     depth = len(_layers(model))
-    rows = lr.broadcast_to(steps, depth) if isinstance(lr, Tensor) else inner_rates(lr, steps, depth)
-    return rows[:taken]
+    if not isinstance(lr, Tensor):
+        lr = torch.tensor(inner_rates(lr, steps, depth), dtype=torch.float64)
+    return lr.broadcast_to(steps, depth)[:taken]
 
 
 def _first_samples(values: Tensor, count: int | None, each_step: bool) -> Tensor:

@@ -48,8 +48,26 @@ LOSSES: dict[str, Any] = {
 # Those that a model and its meta-step share by name with a `Case`.
 OPTIONS = (
     *("optimizer", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "max_grad_norm", "max_grad_value"),
-    *("adapt", "outer", "step_weights", "nonfinite"),
+    *("learn_lr", "positive_lr", "adapt", "outer", "step_weights", "nonfinite"),
 )
+OUTER_OPTIONS = ("outer_loss", "outer", "step_weights", "nonfinite", "learn_lr", "positive_lr")
+COUNTS = ("support_counts", "query_counts", "step_counts")
+
+
+def _norm(norm: nn.LayerNorm | nn.BatchNorm1d) -> nn.Module:
+    """Scales and shifts that are not the usual 1 and 0."""
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.add_(0.3 * torch.randn(p.shape, dtype=torch.float64))
+    return norm
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": lambda width: _norm(nn.LayerNorm(width, dtype=torch.float64)),
+    "layer without shift": lambda width: _norm(nn.LayerNorm(width, bias=False, dtype=torch.float64)),
+    "batch": lambda width: _norm(nn.BatchNorm1d(width, track_running_stats=False, dtype=torch.float64)),
+    "plain batch": lambda width: nn.BatchNorm1d(width, affine=False, track_running_stats=False, dtype=torch.float64),
+}
 
 
 @dataclass(frozen=True)
@@ -74,12 +92,18 @@ class Case:
     decoupled_weight_decay: bool = False
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
+    learn_lr: str | None = None
+    positive_lr: str | None = None
     adapt: Any = "all"
     outer: str = "fomaml"
     step_weights: tuple[float, ...] | None = None
     nonfinite: str = "propagate"
     weighted: bool = False
     each_step: bool = False
+    norm: str | None = None
+    support_counts: tuple[int, ...] | None = None
+    query_counts: tuple[int, ...] | None = None
+    step_counts: tuple[int, ...] | None = None
     reduction: str = "mean"
     seed: int = 0
     forms: tuple[str, ...] | None = field(default=None, compare=False)
@@ -90,7 +114,8 @@ class Case:
         name = f"{'x'.join(map(str, self.widths))}-{self.activation}-{self.loss}"
         name += f"-T{self.tasks}S{self.shots}Q{self.queries}K{self.steps}"
         plain = Case()
-        for option in ("last_activation", "bias", "outer_loss", *OPTIONS, "weighted", "each_step", "lr"):
+        others = ("last_activation", "bias", "outer_loss", "weighted", "each_step", "norm", "lr")
+        for option in (*OPTIONS, *COUNTS, *others):
             if getattr(self, option) != getattr(plain, option):
                 name += f"-{option}={getattr(self, option)}"
         return name
@@ -101,7 +126,10 @@ class Case:
         names = [self.activation] * (depth - 1) + [self.last_activation]
         layers: list[nn.Module] = []
         for before, after, name in zip(self.widths[:-1], self.widths[1:], names, strict=True):
-            layers += [nn.Linear(before, after, bias=self.bias, dtype=torch.float64), ACTIVATIONS[name]()]
+            layers.append(nn.Linear(before, after, bias=self.bias, dtype=torch.float64))
+            if self.norm is not None and len(layers) < 3 * depth - 2:
+                layers.append(NORMS[self.norm](after))
+            layers.append(ACTIVATIONS[name]())
         model = nn.Sequential(*layers).to(dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -131,6 +159,7 @@ class Case:
         }
         self._jitter(batch["support_x"])
         self._jitter(batch["query_x"]).requires_grad_()
+        batch |= {name: counts for name in COUNTS if (counts := getattr(self, name)) is not None}
         if self.weighted:
             for name, shape in (("support", (self.tasks, *support)), ("query", (self.tasks, self.queries))):
                 weight = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -139,7 +168,19 @@ class Case:
                 )  # a mask too
                 batch[f"{name}_weight"] = weight.to(dtype)
             batch["task_weight"] = torch.rand(self.tasks, generator=generator, dtype=torch.float64).to(dtype)
+        if self.outer == "reptile":
+            batch = {name: value for name, value in batch.items() if not name.startswith("query")}
         return batch
+
+    def meta(self, model: nn.Module, backend: str, **options: Any) -> ff.FOMAML:
+        """The module around one of the case's models; rates that are learned start apart from each other."""
+        meta = ff.FOMAML(model, **self.options(), backend=backend, **options)
+        with torch.no_grad():
+            for i, rates in enumerate(meta.inner_lr.parameters() if self.learn_lr is not None else ()):
+                noise = torch.rand(rates.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+                rates.add_(0.05 * noise.to(rates.dtype))
+                self._jitter(rates)
+        return meta
 
     def _jitter(self, values: Tensor) -> Tensor:
         """Move values by at most one rounding error, of their dtype or a coarser one, another way for each `jitter`."""
@@ -149,6 +190,10 @@ class Case:
             rounding = self.rounding or torch.finfo(values.dtype).eps
             values.mul_((1 + noise * rounding).to(values.dtype))
         return values
+
+    def inner_options(self) -> dict[str, Any]:
+        """The keywords of the oracle's inner loop."""
+        return {name: v for name, v in self.options().items() if name not in OUTER_OPTIONS}
 
     def options(self) -> dict[str, Any]:
         names = ("lr", "steps", *OPTIONS)
@@ -172,7 +217,7 @@ class Solution:
         cls,
         loss: Callable[..., Tensor],
         case: Case,
-        model: nn.Module,
+        model: nn.Module,  # whose parameters the gradients are of
         dtype: torch.dtype,
         per_task: bool = True,
     ) -> Solution:
@@ -181,9 +226,10 @@ class Solution:
         per_task: solve for the losses of the tasks too, and for their gradients under cotangents.
         """
         device = next(model.parameters()).device
-        batch = {name: t.detach().to(device) for name, t in case.batch(dtype).items()}
-        batch["query_x"].requires_grad_()
-        inputs = {"query_x": batch["query_x"], **dict(model.named_parameters())}
+        batch = {n: t.detach().to(device) if isinstance(t, Tensor) else t for n, t in case.batch(dtype).items()}
+        inputs: dict[str, Tensor] = dict(model.named_parameters())
+        if "query_x" in batch:
+            inputs["query_x"] = batch["query_x"].requires_grad_()
 
         def gradients(value: Tensor, cotangent: Tensor | None, label: str) -> dict[str, Tensor]:
             found = torch.autograd.grad(value, list(inputs.values()), cotangent)
@@ -209,8 +255,8 @@ class Solution:
 
 
 def by_oracle(case: Case, dtype: torch.dtype) -> Solution:
-    model = case.model(dtype)
-    return Solution.of(lambda **batch: ff.reference.meta_loss(model, **batch, **case.options()), case, model, dtype)
+    meta = case.meta(case.model(dtype), "reference")
+    return Solution.of(meta, case, meta, dtype)
 
 
 def assert_close(actual: Solution, expected: Solution, tolerance: float) -> None:
@@ -295,7 +341,6 @@ def forms_within(forms: Sequence[str], steps: int) -> tuple[str, ...]:
 
 def by_engine(case: Case, dtype: torch.dtype, forms: Sequence[str] | None = None, chunk: int | None = None) -> Solution:
     """The batched engine, with the planner's choices or the given ones."""
-    model = case.model(dtype)
-    meta = ff.FOMAML(model, **case.options(), backend="torch")
+    meta = case.meta(case.model(dtype), "torch")
     with ff.override(forms=forms, chunk=chunk):
-        return Solution.of(meta, case, model, dtype)
+        return Solution.of(meta, case, meta, dtype)

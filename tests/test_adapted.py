@@ -26,8 +26,7 @@ def test_weights_outputs_and_single_tasks_are_the_oracles(name: str, form: str) 
     model, batch = case.model(torch.float64), case.batch(torch.float64)
     meta = ff.FOMAML(model, **case.options(), backend="reference" if form == "reference" else "torch")
     forms = None if form == "reference" else forms_within((form,) * (len(case.widths) - 1), case.steps)
-    options = case.options()
-    options.pop("outer_loss")
+    options = case.inner_options()
     with ff.override(forms=forms, chunk=2):
         fast = meta.adapt(batch["support_x"], batch["support_y"])
     assert len(fast) == 5

@@ -44,8 +44,7 @@ def test_predict_takes_any_outer_loss(bound: int) -> None:
     meta, batch = setup(replace(CASE, weighted=True, momentum=0.9))
     inputs = [*meta.parameters(), batch["query_x"]]
     support = {name: batch[name] for name in ("support_x", "support_y", "support_weight")}
-    options = CASE.options() | {"momentum": 0.9}
-    options.pop("outer_loss")
+    options = CASE.inner_options() | {"momentum": 0.9}
 
     def outer(outputs: Tensor) -> Tensor:
         target: Tensor = batch["query_y"]

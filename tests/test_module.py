@@ -185,9 +185,12 @@ def test_a_model_of_two_dtypes_is_an_error() -> None:
         meta(**batch)
 
 
-def test_anil_takes_no_adapt() -> None:
-    with pytest.raises(TypeError, match="ANIL adapts the head"):
-        ff.ANIL(CASE.model(torch.float64), adapt="all")
+@pytest.mark.parametrize(
+    ("preset", "option"), [(ff.ANIL, "adapt"), (ff.MetaSGD, "learn_lr"), (ff.Reptile, "outer")], ids=str
+)
+def test_presets_do_not_take_what_they_set(preset: type[ff.FOMAML], option: str) -> None:
+    with pytest.raises(TypeError, match=f"{preset.__name__} is FOMAML with {option}="):
+        preset(CASE.model(torch.float64), **{option: "all"})
 
 
 def test_repr_says_what_is_computed() -> None:

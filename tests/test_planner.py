@@ -95,7 +95,7 @@ def test_a_fold_holds_the_history_of_the_steps_before_it_alone() -> None:
 def test_the_model_of_memory_covers_what_is_allocated() -> None:
     """What a chunk holds, by the model, against the storage that its adapted layers and its query pass really hold."""
     from fomaml_fused.engines import batched
-    from fomaml_fused.engines.forms import FoldingLayer
+    from fomaml_fused.engines.forms import FoldingLayer, PrimalLayer
 
     for form in ("primal", "dual", "dual:2", "dual:4"):
         model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 5))
@@ -108,9 +108,11 @@ def test_the_model_of_memory_covers_what_is_allocated() -> None:
             adapted = batched.adapt(chosen, flat(model), Support(x, torch.randn(16, 6, 5)))
             trace = batched.query_pass(adapted, q)
         shared = {t.data_ptr() for pair in pairs for t in pair} | {x.data_ptr()}
-        layers = [layer.layer if isinstance(layer, FoldingLayer) else layer for layer in adapted.layers]
+        forms = [cell.form for cell in adapted.cells]
+        layers: list[object] = [form.layer if isinstance(form, FoldingLayer) else form for form in forms]
+        layers += [own for form in layers if isinstance(form, PrimalLayer) for own in (form.own_weight, form.own_bias)]
         tensors = [v for layer in layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
-        tensors += [*trace.inputs, *trace.saved]
+        tensors += [t for saved in trace.saved for t in (saved.x, saved.kept)]
         held = {t.data_ptr(): t.numel() * 4 for t in tensors if t.data_ptr() not in shared}
         assert sum(held.values()) <= chosen.memory
 

@@ -74,6 +74,12 @@ def rates_of(problem: Problem, flat: FlatParameters) -> FlatParameters:
     return flat[len(PARTS) * problem.network.depth :]
 
 
+def listed(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Gradients:
+    """Weights and biases of each layer, as engines list parameters."""
+    rest: Gradients = [None] * (len(PARTS) - 2)
+    return [value for pair in pairs for value in (*pair, *rest)]
+
+
 def fold_step(form: str) -> int | None:
     """The step k from which a layer of form "dual:k" is primal, 1 <= k <= K, K being the query pass; else None."""
     found = re.fullmatch(r"dual:([1-9][0-9]*)", form)

@@ -91,7 +91,7 @@ def tensor_coefficients(
     steps, layers = rates.shape
     coupled, apart = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
     s, vs, us = rates.new_ones(layers), rates.new_zeros(layers), rates.new_zeros(layers)
-    c, vc, uc = (rates.new_zeros(layers, steps) for _ in range(3))
+    c, vc, uc = rates.new_zeros(3, layers, steps)
     own = torch.eye(steps, dtype=rates.dtype, device=rates.device)
     rows = [(s, c, vs, vc, us, uc)]
     for k in range(steps):
@@ -102,3 +102,36 @@ def tensor_coefficients(
         s, c = s - rates[k] * us, c + rates[k, :, None] * uc
         rows.append((s, c, vs, vc, us, uc))
     return TensorCoefficients(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
+class LearnedCoefficients:
+    """As `Coefficients`, of one layer whose rates are tensors.
+
+    Attributes:
+        shared: s_k, k = 0..K; the numbers 1 without decay.
+        history: c_{k,j}, [K + 1, K], 0 where j >= k.
+        direction_shared: us_{k-1}, [K + 1].
+        direction_history: uc_{k-1,j}, [K + 1, K].
+    """
+
+    shared: tuple[float | Tensor, ...]
+    history: Tensor
+    direction_shared: Tensor
+    direction_history: Tensor
+
+
+def learned_coefficients(
+    rates: Tensor, momentum: float, weight_decay: float, nesterov: bool = False, decoupled: bool = False
+) -> list[LearnedCoefficients]:
+    """The `tensor_coefficients` of each layer, from rates [K, layers]."""
+    of = tensor_coefficients(rates, momentum, weight_decay, nesterov, decoupled)
+    return [
+        LearnedCoefficients(
+            of.shared[:, i].unbind() if weight_decay else (1.0,) * len(of.shared),
+            of.history[:, i],
+            of.direction_shared[:, i],
+            of.direction_history[:, i],
+        )
+        for i in range(rates.shape[1])
+    ]

@@ -1,0 +1,99 @@
+"""The outer gradient of the batched engine: what query passes give, contracted over tasks and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..inner import PARTS
+from ..problem import Problem
+from . import FlatParameters, Gradients, Outcome
+from .cells import Backward, Cell
+from .rules import kept
+
+
+class Outer:
+    """Sums what the query passes of a chunk give; one pass, or one after every step."""
+
+    def __init__(
+        self, problem: Problem, needed: Sequence[bool], parameters: FlatParameters, share: float | Tensor
+    ) -> None:
+        self.problem, self.needed, self.share = problem, needed[1:], share
+        self.skips = problem.nonfinite == "skip"
+        self.values: Tensor | None = None  # of each task, [T]
+        self.dx: Tensor | None = None
+        self.gradients: Gradients = [None] * len(parameters)
+        self.passes: list[tuple[Backward, dict[int, Tensor]]] = []
+
+    def add(self, cells: list[Cell], values: Tensor, found: Backward, dx: Tensor | None) -> None:
+        """One pass: losses [T], what its backward left, and the gradient of the query features."""
+        self.values = values if self.values is None else self.values + values
+        self.dx = dx if self.dx is None or dx is None else self.dx.add_(dx)
+        rates = rate_gradients(self.problem, cells, found, self.needed)
+        if self.skips:  # which tasks count is known after the last pass
+            self.passes.append((found, rates))
+        else:
+            contract(found, rates, self.gradients, self.needed)
+
+    def outcome(self) -> Outcome:
+        values = self.values
+        assert values is not None
+        if not self.skips:
+            return Outcome((values * self.share).sum(), self.dx, self.gradients)
+        keep = values.isfinite()
+        for found, _ in self.passes:
+            for own in found.values():
+                keep = keep & own.d.isfinite().flatten(1).all(1) & own.x.isfinite().flatten(1).all(1)
+        for found, rates in self.passes:
+            contract(found, rates, self.gradients, self.needed, keep)
+        share = self.share if isinstance(self.share, Tensor) else torch.full_like(values, self.share)
+        share = kept(share, keep)
+        dx = None if self.dx is None else kept(self.dx, keep)
+        return Outcome((kept(values, keep) * share).sum(), dx, self.gradients, share.sum())
+
+
+def contract(
+    found: Backward,
+    rates: dict[int, Tensor],
+    gradients: Gradients,
+    needed: Sequence[bool],
+    keep: Tensor | None = None,
+) -> None:
+    """Add what a query pass gives to the gradients asked for, summed over the tasks to keep, [T], or over all.
+
+    rates: as of `rate_gradients`.
+    """
+    for i, own in found.items():
+        for p, part in enumerate(PARTS, len(PARTS) * i):
+            if needed[p]:
+                _add(gradients, p, own.outer_gradient(part, keep))
+    for p, of_tasks in rates.items():
+        _add(gradients, p, kept(of_tasks, keep).sum(0))
+
+
+def rate_gradients(problem: Problem, cells: list[Cell], found: Backward, needed: Sequence[bool]) -> dict[int, Tensor]:
+    """The gradients of learned rates, of each task, [T, *shape], by where they are listed; of those asked for."""
+    inner, start = problem.inner, len(PARTS) * len(cells)
+    if inner.learn_lr is None or not any(needed[start:]):
+        return {}
+    moving = {i: own for i, own in found.items() if cells[i].moves}
+    if inner.learn_lr == "element":
+        return {
+            start + len(PARTS) * i + PARTS.index(part): cells[i].element_rate_gradient(part, own)
+            for i, own in moving.items()
+            for part in cells[i].moves
+        }
+    like = next(iter(found.values())).d
+    whole = like.new_zeros(like.shape[0], inner.steps if inner.learns_each_step else 1, len(cells))
+    for i, own in moving.items():
+        of_layer = cells[i].rate_gradient(own)
+        if of_layer is not None:
+            whole[:, : of_layer.shape[1], i] = of_layer
+    return {start: whole}
+
+
+def _add(gradients: Gradients, i: int, gradient: Tensor) -> None:
+    before = gradients[i]
+    gradients[i] = gradient if before is None else before.add_(gradient)
