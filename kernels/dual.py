@@ -206,15 +206,16 @@ def step_kernel(
     b_w = tl.load(p_weight + o_w, mask=m_w, other=0.0)
     b_g = tl.zeros([F, WIDE], tl.float32)
     if SPEC.momentum:
+        momentum = tl.load(p_inner)
         b_v = tl.load(p_weight_velocity + o_w, mask=m_w, other=0.0)
-        b_g = tl.load(p_inner) * b_v
+        b_g = momentum * b_v
     if SPEC.decay and not SPEC.decoupled:
         b_g += tl.load(p_inner + 1) * b_w
     b_g = dot(b_d, b_x, b_g, SPEC)
     if SPEC.momentum:
         tl.store(p_weight_velocity + o_w, b_g, mask=m_w)
     if SPEC.nesterov:
-        b_g += tl.load(p_inner) * (b_g - b_v)
+        b_g += momentum * (b_g - b_v)
     if SPEC.decay and SPEC.decoupled:
         b_g += tl.load(p_inner + 1) * b_w
     tl.store(p_weight + o_w, b_w - rate * b_g, mask=m_w)
@@ -224,14 +225,15 @@ def step_kernel(
             b_b = tl.load(p_bias + o_b, mask=o_out < OUT, other=0.0)
             b_gb = tl.sum(b_d, 1)
             if SPEC.momentum:
+                momentum = tl.load(p_inner)
                 b_vb = tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
-                b_gb += tl.load(p_inner) * b_vb
+                b_gb += momentum * b_vb
             if SPEC.decay and not SPEC.decoupled:
                 b_gb += tl.load(p_inner + 1) * b_b
             if SPEC.momentum:
                 tl.store(p_bias_velocity + o_b, b_gb, mask=o_out < OUT)
             if SPEC.nesterov:
-                b_gb += tl.load(p_inner) * (b_gb - b_vb)
+                b_gb += momentum * (b_gb - b_vb)
             if SPEC.decay and SPEC.decoupled:
                 b_gb += tl.load(p_inner + 1) * b_b
             tl.store(p_bias + o_b, b_b - rate * b_gb, mask=o_out < OUT)
@@ -388,15 +390,16 @@ def _keep(p_gradients, b_d, p_inner, p_velocity, p_first, here, now, o_f, k, L: 
         before = here[0], here[1], here[2] & (here[1] * 0 < k)
         b_h = load(p_gradients[L], before, o_f, OUT)
         if SPEC.momentum:
+            momentum = tl.load(p_inner)
             b_v = load(p_velocity, before, o_f, OUT)
-            b_d += tl.load(p_inner) * b_v
+            b_d += momentum * b_v
         if SPEC.decay and not SPEC.decoupled:
             b_d -= tl.load(p_inner + 1) * b_h
         if SPEC.momentum:
             store(p_velocity, here, o_f, b_d, OUT)
         if SPEC.nesterov:
             # g + momentum * v, where g is what the velocity v has more than momentum times the one before it.
-            b_d += tl.load(p_inner) * (b_d - b_v)
+            b_d += momentum * (b_d - b_v)
         if SPEC.decay and SPEC.decoupled:
             b_d -= tl.load(p_inner + 1) * b_h
         store(p_gradients[L], here, o_f, b_h + rate * b_d, OUT)

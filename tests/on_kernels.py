@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fomaml_fused as ff
-
 from .cases import Case, Solution
 
 
@@ -34,10 +32,10 @@ def by_kernels(
 ) -> Solution:
     """An engine of kernels, the one that plans are to name if they are; an error if none takes the case."""
     model = case.model(dtype).to(kernel_device())
-    meta = ff.FOMAML(model, **case.options(), backend="triton", precision=precision)
+    meta = case.meta(model, "triton", precision=precision)
     plan = meta.plan(case.tasks, case.shots, case.queries)
     assert plan.engine != "batched", plan.reason
-    return Solution.of(meta, case, model, dtype, per_task)
+    return Solution.of(meta, case, meta, dtype, per_task)
 
 
 def in_precision(case: Case, precision: str) -> list[Solution]:
@@ -51,9 +49,8 @@ def _rounded(case: Case, precision: str) -> Solution:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = _RoundedForward(module, precision)  # type: ignore[assignment]
-    return Solution.of(
-        lambda **batch: ff.reference.meta_loss(model, **batch, **case.options()), case, model, torch.float32
-    )
+    meta = case.meta(model, "reference")
+    return Solution.of(meta, case, meta, torch.float32)
 
 
 class _RoundedForward:

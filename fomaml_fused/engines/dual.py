@@ -283,7 +283,8 @@ def _without(samples: Samples, sound: Tensor) -> Samples:
         return None if values is None else torch.where(sound.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
 
     inputs, gradients = ([of(values) for values in layers] for layers in (samples.inputs, samples.gradients))
-    return replace(samples, inputs=inputs, gradients=gradients, dx=of(samples.dx), losses=of(samples.losses))
+    dx, losses = of(samples.dx), of(samples.losses)
+    return replace(samples, inputs=inputs, gradients=gradients, dx=dx, losses=losses, sound=sound)
 
 
 def _want(adapted: Adapted, samples: Samples, needed: Sequence[bool], features: bool) -> int:

@@ -165,8 +165,7 @@ def _products_with_steps(adapted: Adapted, samples: Samples, i: int) -> Tensor:
         of_inputs = torch.bmm(x_query, x[:, :k].flatten(1, 2).mT).view_as(of_gradients)
     if adapted.spec.biases[i]:
         of_inputs += 1.0
-    of_samples: Tensor = of_inputs * of_gradients
-    return of_samples.sum((0, 1, 3))
+    return _of_sound((of_inputs * of_gradients).sum((1, 3)), samples.sound).sum(0)
 
 
 def _product_with_start(adapted: Adapted, gradients: Gradients, i: int) -> Tensor:

@@ -146,6 +146,7 @@ class Samples:
         losses: of samples, or of tasks, times what they count, [T, N or 1].
         unit: what gradients, and losses, lack as a factor, so that 16 bits hold them.
         taken: inner steps behind the weights.
+        sound: the tasks that count, [T], where what is of others is 0, but for their history; else None.
     """
 
     spec: DualSpec
@@ -157,6 +158,7 @@ class Samples:
     losses: Tensor | None = None
     unit: float = 1.0
     taken: int = 0
+    sound: Tensor | None = None
 
     @property
     def outputs(self) -> Tensor:
