@@ -83,8 +83,9 @@ def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str
     blocks = packs * -(-config.tasks * sizes.queries // config.samples)
     total = Work(2 * CHIP.launch, 0.0, 0.0)  # outer gradient and reduction
     for i, (before, after) in enumerate(pairwise(widths)):
-        rank = 0 if i < first or not inner.adapt[i] else support if i == first else history
-        shared = _pass(before, after, 0, 64, -(-sizes.tasks * (sizes.shots + sizes.queries) // 64), config, True)
+        rank = 0 if i < first or not inner.adapt[i] else support if i == first and not sizes.each_step else history
+        shots = sizes.shots * (inner.steps if sizes.each_step else 1)
+        shared = _pass(before, after, 0, 64, -(-sizes.tasks * (shots + sizes.queries) // 64), config, True)
         if i <= first:  # of both sets, forward; and back below the first layer that moves
             total += shared + (shared if i < first else Work(CHIP.launch, 0.0, 0.0))
         if i >= first:

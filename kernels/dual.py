@@ -4,7 +4,8 @@
 
 X_j, D_j: a layer's inputs on the support set at step j, and the gradients of its pre-activations; s, c_j: numbers that
 all tasks share. The first layer that moves has the same X at every step, so for it X W_0ᵀ + b_0 is the same too, its
-`base`, and the sum over steps is one matrix, H = sum_j c_j D_j, kept up to date.
+`base`, and the sum over steps is one matrix, H = sum_j c_j D_j, kept up to date. Where every step has support samples
+of its own, that layer has a base for each of them and a history like the others'.
 
 A program takes a block of samples of one task, or of a pack of tasks, whose products across tasks are masked. Either
 two launches do all, `inner_kernel` and `query_kernel`; or each does a layer, its features spread over programs:
@@ -21,6 +22,7 @@ from .losses import expected_classes, sample_losses, takes_classes
 from .products import dot
 from .spec import (
     activation,
+    collapses,
     contracted,
     depth,
     features,
@@ -43,19 +45,21 @@ def inner_kernel(
     p_weights, p_biases: of each layer [out, in] and [out], or None.  p_inner: momentum, weight decay, and the rate of
     each step and layer [K, layers].  p_shrink: s [K + 1, layers].  p_past: c [K + 1, layers, K].  p_base: of the first
     layer that moves [T, S, out].  p_y: class indices [T, S] or values [T, S, out].  p_r: what each sample counts in its
-    task's loss [T, S], or None where all count `share`.
+    task's loss [T, S], or None where all count `share`. With samples of its own at each step, these are [T, K, S, ...].
 
     p_inputs, p_gradients: the history of each layer from the first that moves. Of that one, its input [T, S, in], which
     is given, and H [T, S, out]; of those behind it X_j [T, K, S, in] and D_j [T, K, S, out]. p_first: D_j of that first
-    one, or None where they are not wanted.
+    one, or None where they are not wanted. With samples of its own at each step, that layer's are like the others'.
     Scratch: the last of p_inputs, outputs [T, S, out]; p_velocity, of H, or None; p_kept, pre-activations [T, S, out]
     of layers whose activation's derivative is taken from them.
     """
     i_p = tl.program_id(0)
     LOWEST: tl.constexpr = first_adapted(SPEC)
     here, _begin, first, later = places(i_p, 0, T, S, S, K, SPEC)
-    past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
-    b_first = _forward_weights(p_inputs[LOWEST], past, b_c, p_inputs[LOWEST], here, LOWEST, SPEC)
+    b_first = None
+    if collapses(SPEC, LOWEST):
+        past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
+        b_first = _forward_weights(p_inputs[LOWEST], past, b_c, p_inputs[LOWEST], here, LOWEST, SPEC)
     # Steps are counted over all packs, so that where a pack lies is found anew in each: known to be the same in all of
     # them, the addresses of every layer would be kept in registers, of which there are not enough. And nothing of a
     # step may be fetched before the one before it is stored.
@@ -259,7 +263,7 @@ def _forward(
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)
     F: tl.constexpr = features(SPEC, OUT)
-    rows = here if first_adapted(SPEC) >= L else now
+    rows = here if collapses(SPEC, L) else now
     if SPEC.adapts[L]:
         past, b_c = history(p_past, first, later, k, K, L, SPEC)
         if b_first is not None and first_adapted(SPEC) == L:
@@ -319,12 +323,13 @@ def _loss(
     if p_cotangent is not None:
         b_d = load(p_cotangent, here, o_c, OUT)
     else:
-        i, o, m = here
+        rows = now if SPEC.each_step else here
+        i, o, m = rows
         if takes_classes(LOSS):
             b_class = tl.load(p_y + i + o, mask=m, other=0).to(tl.int32)[None, :]
             b_y = expected_classes(b_class, OUT, padded(OUT), LOSS)
         else:
-            b_y = load(p_y, here, o_c, OUT)
+            b_y = load(p_y, rows, o_c, OUT)
         if p_r is None:
             b_r = tl.where(m, share, 0.0)
         else:
@@ -383,7 +388,7 @@ def _keep(p_gradients, b_d, p_inner, p_velocity, p_first, here, now, o_f, k, L: 
     as well, or None.
     """
     OUT: tl.constexpr = width(SPEC, L + 1)
-    if p_inner is not None and first_adapted(SPEC) == L:
+    if p_inner is not None and collapses(SPEC, L):
         if p_first is not None:
             store(p_first, now, o_f, b_d, OUT)
         rate = tl.load(p_inner + 2 + k * depth(SPEC) + L)

@@ -24,6 +24,7 @@ class Spec:
         samples: columns of a tile of samples, a power of two, at least 16.
         one_support_tile, one_query_tile: whether a task's samples fit one tile; else they are walked over.
         nesterov, decoupled: whether momentum is Nesterov's, and whether decay is kept out of it.
+        each_step: whether every inner step has support samples of its own.
     """
 
     widths: tuple[int, ...]
@@ -40,6 +41,7 @@ class Spec:
     one_query_tile: bool = True
     nesterov: bool = False
     decoupled: bool = False
+    each_step: bool = False
 
     @property
     def parameters(self) -> int:
@@ -132,6 +134,12 @@ def adapted(SPEC):
 def first_adapted(SPEC):
     """The lowest layer that moves; the number of layers where none does."""
     return SPEC.adapts.index(True) if True in SPEC.adapts else len(SPEC.adapts)
+
+
+@triton.constexpr_function
+def collapses(SPEC, layer):
+    """Whether a layer has the same input at every step, so that its history in the dual form is one matrix."""
+    return not SPEC.each_step and first_adapted(SPEC) == layer
 
 
 @triton.constexpr_function

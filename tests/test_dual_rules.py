@@ -55,6 +55,12 @@ RULES: list[dict[str, Any]] = [
     {"learn_lr": "layer", "momentum": 0.5, "weight_decay": 0.1, "step_weights": (0.5, 0.2, 0.3), "adapt": [1, 2]},
     {"learn_lr": "layer_step", "step_weights": (0.5, 0.0, 0.3), "nonfinite": "skip", "loss": "cross_entropy"},
     {"learn_lr": "layer_step", "max_grad_norm": 0.3, "weight_decay": 0.1},
+    {"each_step": True, **WHOLE, "weighted": True, "loss": "cross_entropy"},
+    {"each_step": True, **DECOUPLED, "adapt": [1, 2], "step_weights": (0.5, 0.2, 0.3), "learn_lr": "layer_step"},
+    {"each_step": True, "outer": "reptile", "weight_decay": 0.1, "nonfinite": "skip"},
+    {"each_step": True, "max_grad_norm": 0.3, "momentum": 0.9, "loss": "callable", "weighted": True},
+    {"each_step": True, "adapt": [2], "steps": 1},
+    {"each_step": True, "steps": 0},
 ]
 LAYOUTS: list[tuple[dict[str, Any], DualConfig | None]] = [
     ({}, None),
@@ -70,6 +76,8 @@ FOLDS: list[dict[str, Any]] = [
     {"step_weights": (0.5, 0.2, 0.3), "nonfinite": "skip", "forms": ("dual", "dual:3", "dual")},
     {"max_grad_norm": 0.3, **WHOLE, "forms": ("dual", "dual:2", "dual:1")},
     {"max_grad_norm": 0.3, "adapt": [1, 2], "forms": ("dual", "dual", "dual:2")},
+    {"each_step": True, **WHOLE, "forms": ("dual:2", "dual:1", "dual")},
+    {"each_step": True, "outer": "reptile", "adapt": [1, 2], "forms": ("dual", "dual:1", "dual:3")},
 ]
 
 
@@ -151,6 +159,7 @@ def ruled(draw: st.DrawFn) -> Case:
         outer=outer,
         step_weights=tuple(weights) if counts and any(weights) else None,
         nonfinite=draw(st.sampled_from(["propagate", "skip"])),
+        each_step=draw(st.booleans()),
     )
 
 
@@ -239,6 +248,7 @@ def solved(meta: ff.FOMAML, batch: dict[str, Tensor], reduction: str) -> dict[st
         {"outer": "reptile", "momentum": 0.9},
         {"step_weights": (0.5, 0.2, 0.3), "learn_lr": "layer_step"},
         {"max_grad_norm": 0.3, "weight_decay": 0.1, "learn_lr": "step"},
+        {"each_step": True, "learn_lr": "layer", "momentum": 0.9, "adapt": [1, 2]},
     ],
     ids=str,
 )
@@ -298,7 +308,6 @@ def test_rules_repeat_bit_by_bit(rule: dict[str, Any]) -> None:
         ({"optimizer": "adam"}, "Adam takes"),
         ({"max_grad_value": 0.1}, "max_grad_value takes"),
         ({"learn_lr": "element"}, "rates of elements take"),
-        ({"each_step": True}, "support samples of each step"),
     ],
     ids=str,
 )

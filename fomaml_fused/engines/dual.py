@@ -33,7 +33,6 @@ from .dual_launches import (
     query_layers,
     query_samples,
     sample_losses,
-    shared_forward,
     spec_of,
     step_layer,
     support_samples,
@@ -130,10 +129,10 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
     """The tasks after the last inner step, and if `every` one is asked for, after each: one object, which goes on."""
     assert plan.precision is not None
     assert isinstance(plan.config, DualConfig)
-    problem, device, (tasks, shots, _) = plan.problem, support.x.device, support.x.shape
+    problem, device, tasks, shots = plan.problem, support.x.device, support.x.shape[0], support.x.shape[-2]
     inner, depth, widths = problem.inner, problem.network.depth, problem.network.widths
     steps, first = inner.steps, inner.first_adapted
-    spec = spec_of(problem, shots, plan.precision, plan.config, plan.forms)
+    spec = spec_of(problem, shots, plan.precision, plan.config, plan.forms, support.each_step)
     inputs: Layers = [None] * depth
     gradients: Layers = [None] * depth
     shared = pointers(parameters[: len(PARTS) * depth])
@@ -146,40 +145,49 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
         return
     x, y, weight = contiguous(support)
     samples = support_samples(adapted, x)
-    shared_forward(adapted, samples)
-    inputs[first], gradients[first] = samples.inputs[first], new(device, tasks, shots, widths[first + 1])
-    for i in range(first + 1, depth):
-        inputs[i] = new(device, tasks, steps, shots, widths[i])
-        gradients[i] = new(device, tasks, steps, shots, widths[i + 1])
+    inputs[first] = samples.inputs[first]
+    for i in range(first, depth):
+        if i > first:
+            inputs[i] = new(device, tasks, steps, shots, widths[i])
+        rows = (shots,) if adapted.collapses(i) else (steps, shots)
+        gradients[i] = new(device, tasks, *rows, widths[i + 1])
     samples.inputs[:depth], samples.gradients = inputs, gradients
     counts = None if weight is None else _share(weight)
-    if inner.max_grad_norm is not None or inner.learn_lr is not None or (every and plan.engine == "dual"):
+    one_matrix, velocity = adapted.collapses(first), None
+    each = inner.max_grad_norm is not None or inner.learn_lr is not None or (every and plan.engine == "dual")
+    if one_matrix and each:
         adapted.first_gradients = new(device, tasks, steps, shots, widths[first + 1])
+    if one_matrix and spec.momentum:
+        velocity = new(device, tasks, shots, widths[first + 1])
     if plan.engine == "layered":
-        yield from _layer_by_layer(adapted, samples, y, weight, counts)
+        yield from _layer_by_layer(adapted, samples, y, weight, counts, velocity)
         return
-    inner_steps(adapted, samples, y, counts, new(device, tasks, shots, widths[first + 1]) if spec.momentum else None)
+    inner_steps(adapted, samples, y, counts, velocity)
     for adapted.taken in points:
-        if every:
+        if one_matrix and every:
             collapse(adapted, adapted.taken)
         yield adapted
 
 
 def _layer_by_layer(
-    adapted: Adapted, samples: Samples, y: Tensor, weight: Tensor | None, counts: Tensor | None
+    adapted: Adapted,
+    samples: Samples,
+    y: Tensor,
+    weight: Tensor | None,
+    counts: Tensor | None,
+    velocity: Tensor | None,
 ) -> Iterator[Adapted]:
     """All inner steps, layer by layer; the tasks after each."""
-    problem, first = adapted.plan.problem, adapted.first
-    inner, velocity = problem.inner, None
-    loss = _task_loss(problem, problem.loss, y, weight) if problem.loss.name == "callable" else None
+    problem, inner, first = adapted.plan.problem, adapted.plan.problem.inner, adapted.first
     if adapted.first_gradients is not None:
         samples.gradients = [*samples.gradients[:first], adapted.first_gradients, *samples.gradients[first + 1 :]]
-    elif adapted.spec.momentum:
-        velocity = torch.empty_like(_present(adapted.gradients[first]))
     for k in range(inner.steps):
         for i in range(first, adapted.depth):
             forward_layer(adapted, samples, i, k, query=False)
-        cotangent = None if loss is None else loss.gradient(samples.outputs, 1.0).contiguous()
+        cotangent = None
+        if problem.loss.name == "callable":
+            own = (y[:, k], None if weight is None else weight[:, k]) if adapted.spec.each_step else (y, weight)
+            cotangent = _task_loss(problem, problem.loss, *own).gradient(samples.outputs, 1.0).contiguous()
         sample_losses(adapted, samples, k, y=y, counts=counts, cotangent=cotangent, velocity=velocity, query=False)
         for i in range(adapted.depth - 1, first, -1):
             backward_layer(adapted, samples, i, k, velocity=velocity, query=False)
@@ -187,8 +195,8 @@ def _layer_by_layer(
             clip(adapted, k)
         if adapted.first_gradients is not None:
             collapse(adapted, k + 1)
-        for i, own in adapted.own.items():
-            step_layer(adapted, i, own, k)
+        for i, layer in adapted.own.items():
+            step_layer(adapted, i, layer, k)
         fold(adapted, k + 1)
         adapted.taken = k + 1
         yield adapted
@@ -344,7 +352,7 @@ def _counts(weight: Tensor | None, share: float | Tensor, tasks: int, queries: i
 def _share(weight: Tensor) -> Tensor:
     """What each sample counts in the loss of its task."""
     weight = weight.float()
-    return weight / weight.sum(1, keepdim=True)
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def _task_loss(problem: Problem, loss: Loss, y: Tensor, weight: Tensor | None) -> TaskLoss:

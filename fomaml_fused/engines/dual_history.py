@@ -22,7 +22,7 @@ from .launching import layers, reduce
 def weights_after(adapted: Adapted, i: int, k: int, tasks: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
     """Weights [t, out, in] and biases [t, out] of layer i after k steps, from its history."""
     of = adapted.numbers.of
-    by_step = None if i == adapted.first else of.history[k, i, :k]
+    by_step = None if adapted.collapses(i) else of.history[k, i, :k]
     return _sum(adapted, i, tasks, of.shared[k, i] if adapted.spec.decay else 1.0, by_step, -1.0)
 
 
@@ -72,7 +72,7 @@ def clip(adapted: Adapted, k: int) -> None:
         x, d = _float(adapted.inputs[i]), _each_step(adapted, i)
         assert d is not None
         found.append(d[:, k])
-        squares.append(_gram(x if i == adapted.first else x[:, k], d[:, k], adapted.spec.biases[i]).sum((1, 2)))
+        squares.append(_gram(x if adapted.collapses(i) else x[:, k], d[:, k], adapted.spec.biases[i]).sum((1, 2)))
     norm = torch.stack(squares).sum(0).clamp_min(0.0).sqrt()
     factor = (bound / (norm + 1e-6)).clamp_max(1.0)
     for d in found:
@@ -122,11 +122,11 @@ def _displaced_by_history(
     gradients: Layers = [None] * adapted.depth
     for i in which:
         inputs[i], d = (_of_sound(_float(t), sound) for t in (adapted.inputs[i], adapted.gradients[i]))
-        past = 1.0 if i == adapted.first else adapted.numbers.of.history[adapted.taken, i, :, None, None]
+        past = 1.0 if adapted.collapses(i) else adapted.numbers.of.history[adapted.taken, i, :, None, None]
         gradients[i] = d * (past * shares.view(-1, *[1] * (d.dim() - 1)))
     found: dict[int, tuple[Tensor, Tensor | None]] = {}
-    # The first layer's history has one row for all steps, so that its samples are fewer.
-    for group in ([i for i in which if i == adapted.first], [i for i in which if i != adapted.first]):
+    # A history that collapses has one row for all steps, so that its samples are fewer.
+    for group in ([i for i in which if adapted.collapses(i)], [i for i in which if not adapted.collapses(i)]):
         if group:
             of_group = [d if i in group else None for i, d in enumerate(gradients)]
             flat, _ = reduce(products(adapted, inputs, of_group, largest / middle))
@@ -159,7 +159,7 @@ def _products_with_steps(adapted: Adapted, samples: Samples, i: int) -> Tensor:
     x, d = _float(adapted.inputs[i]), _float(_each_step(adapted, i))[:, :k]
     x_query, d_query = _float(samples.inputs[i]), _float(samples.gradients[i])
     of_gradients = torch.bmm(d_query, d.flatten(1, 2).mT).unflatten(2, d.shape[1:3])  # [T, Q, k, S]
-    if i == adapted.first:
+    if adapted.collapses(i):
         of_inputs = torch.bmm(x_query, x.mT).unsqueeze(2)  # [T, Q, 1, S]
     else:
         of_inputs = torch.bmm(x_query, x[:, :k].flatten(1, 2).mT).view_as(of_gradients)
@@ -182,7 +182,7 @@ def _moved_square(adapted: Adapted, i: int) -> Tensor:
         square = (weight - own.weight).square().sum((1, 2))
         return square if bias is None or own.bias is None else square + (bias.float() - own.bias).square().sum(1)
     x, d = _float(adapted.inputs[i]), _float(adapted.gradients[i])
-    if i != adapted.first:
+    if not adapted.collapses(i):
         d = d * adapted.numbers.of.history[adapted.taken, i, :, None, None]
         x, d = x.flatten(1, 2), d.flatten(1, 2)
     square = _gram(x, d, adapted.spec.biases[i]).sum((1, 2))
@@ -210,7 +210,7 @@ def _gram(x: Tensor, d: Tensor, bias: bool) -> Tensor:
 
 def _each_step(adapted: Adapted, i: int) -> Tensor | None:
     """D_j of layer i at every step, [T, K, S, out]."""
-    return adapted.first_gradients if i == adapted.first else adapted.gradients[i]
+    return adapted.first_gradients if adapted.collapses(i) else adapted.gradients[i]
 
 
 def _of_sound(values: Tensor, sound: Tensor | None) -> Tensor:

@@ -23,22 +23,30 @@ from .launching import compiled_for, inner_numbers, multiprocessors, new, option
 Layers = list[Tensor | None]  # something of each layer
 
 
-def pending_steps(problem: Problem, forms: tuple[str, ...]) -> int:
-    """Steps that the longest history lasts: until a layer folds; that of the first layer that moves is another one."""
-    behind = forms[problem.inner.first_adapted + 1 :]
-    return max((fold_step(form) or problem.inner.steps for form in behind if form != "shared"), default=0)
+def pending_steps(problem: Problem, forms: tuple[str, ...], each_step: bool = False) -> int:
+    """Steps that the longest history lasts: until a layer folds; that of a layer with one input for all is another."""
+    layers = forms[problem.inner.first_adapted + (not each_step) :]
+    return max((fold_step(form) or problem.inner.steps for form in layers if form != "shared"), default=0)
 
 
 @lru_cache(maxsize=1024)
-def spec_of(problem: Problem, shots: int, precision: str, config: DualConfig, forms: tuple[str, ...]) -> DualSpec:
+def spec_of(
+    problem: Problem,
+    shots: int,
+    precision: str,
+    config: DualConfig,
+    forms: tuple[str, ...],
+    each_step: bool = False,
+) -> DualSpec:
     """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
     support = padded(max(2, config.tasks * shots))
     return DualSpec(
         **compiled_for(problem, precision),
+        each_step=each_step,
         samples=support,
         tasks=config.tasks,
         support=support,
-        history=padded(max(2, config.tasks * pending_steps(problem, forms) * shots)),
+        history=padded(max(2, config.tasks * pending_steps(problem, forms, each_step) * shots)),
         features=config.features,
         contracted=config.contracted,
     )
@@ -99,7 +107,8 @@ class Adapted:
         numbers: the coefficients of its inner loop.
         weights, biases: of each layer, [out, in] and [out], or None; shared by all tasks.
         inputs, gradients: the history. Of the first layer that moves, its input on the support set [T, S, in], and H
-            [T, S, out]; of those behind it, X_j [T, K, S, in] and D_j [T, K, S, out].
+            [T, S, out]; of those behind it, X_j [T, K, S, in] and D_j [T, K, S, out]. Where every step has support
+            samples of its own, that layer's are like the others'.
         shots, steps: at least 1, for kernels divide by them.
         taken: inner steps behind it.
         first_gradients: D_j [T, K, S, out] of the first layer that moves, where H alone is not enough.
@@ -127,6 +136,10 @@ class Adapted:
     def first(self) -> int:
         """The lowest layer that moves; the number of layers where none does."""
         return self.plan.problem.inner.first_adapted
+
+    def collapses(self, i: int) -> bool:
+        """Whether layer i has one input for all steps, so that its history is H."""
+        return i == self.first and not self.spec.each_step
 
     @property
     def moving(self) -> list[int]:
@@ -167,8 +180,19 @@ class Samples:
 
 
 def support_samples(adapted: Adapted, x: Tensor) -> Samples:
-    """Samples x [T, S, in] of a support set, and room for what becomes of them beside its history."""
-    return _samples(adapted, x, adapted.spec, query=False)
+    """Samples x [T, S, in] of a support set, or [T, K, S, in], through the layers below the first that moves.
+
+    With room for what becomes of them in a step, beside the history. That of the first layer is its input here.
+    """
+    below = _samples(adapted, x.flatten(1, -2), adapted.spec, query=False)
+    shared_forward(adapted, below)
+    if x.dim() == 3:
+        return below
+    samples = _samples(adapted, x[:, 0], adapted.spec, query=False)
+    first_input = below.inputs[adapted.first]
+    assert first_input is not None
+    samples.inputs[adapted.first], samples.base = first_input.unflatten(1, x.shape[1:3]), below.base
+    return samples
 
 
 def query_samples(adapted: Adapted, x: Tensor, before: Samples | None = None) -> Samples:
@@ -264,7 +288,7 @@ def forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query: 
     tasks, rows, _ = outputs.shape
     weight, bias, own, spec = _layer(adapted, samples, i)
     dual.forward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i + 1])](
-        weight, bias, samples.base if i == adapted.first else None, *adapted.numbers.of[:2],
+        weight, bias, samples.base if i == adapted.first and not own else None, *adapted.numbers.of[:2],
         tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs), tuple(samples.kept),
         tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
     )  # fmt: skip
