@@ -73,7 +73,7 @@ class AdaptedTasks:
 
     def __init__(self, plan: Plan, support: Support, parameters: FlatParameters, *, keep: bool) -> None:
         self.plan, self.support, self.parameters = plan, support, tuple(parameters)
-        self.slices = list(_slices(plan))
+        self.slices = list(slices(plan))
         self.kept: list[Any] | None = None
         if keep:
             self.kept = [self._adapt(tasks) for tasks in self.slices]
@@ -100,7 +100,7 @@ class AdaptedTasks:
 
     @torch.no_grad()
     def _adapt(self, tasks: slice) -> Any:
-        with _without_autocast(self.support.x):
+        with without_autocast(self.support.x):
             return self.engine.adapt(self.plan, self.parameters, self.support.tasks(tasks))
 
 
@@ -122,8 +122,10 @@ class _MetaLoss(torch.autograd.Function):
         step = batched.compiled_step(plan, needed) if compiled else partial(_engine(plan).step, plan, needed)
         values, features, counts = [], [], []
         outer: Gradients = [None] * len(parameters)
-        with _without_autocast(support.x):
-            for tasks in _slices(plan):
+        # Dynamo asks for the gradients of what it is given, which those computed from others have not.
+        parameters = tuple(p if p is None or p.is_leaf else p.detach() for p in parameters)
+        with without_autocast(support.x):
+            for tasks in slices(plan):
                 part = share if isinstance(share, float) else share[tasks]
                 queries = None if query is None else query.tasks(tasks)
                 value, dx, gradients, kept = step(parameters, support.tasks(tasks), queries, part)
@@ -158,7 +160,7 @@ class _MetaLoss(torch.autograd.Function):
 class _Predict(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tasks: AdaptedTasks, query_x: Tensor, *tensors: Tensor | None) -> Tensor:
-        with _without_autocast(query_x):
+        with without_autocast(query_x):
             passes = [_outputs(tasks, i, query_x) for i in _chunks(tasks)]
         outputs = [chunk for chunk, _ in passes]
         ctx.tasks, ctx.traces = tasks, [trace for _, trace in passes]
@@ -180,7 +182,7 @@ class _Predict(torch.autograd.Function):
         tasks, needed = ctx.tasks, (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])
         features = []
         outer: Gradients = [None] * len(parameters)
-        with _without_autocast(query_x):
+        with without_autocast(query_x):
             for i in _chunks(tasks):
                 dx, gradients = _reverse(tasks, i, ctx.traces[i], query_x, cotangent, needed)
                 features.append(dx)
@@ -199,14 +201,14 @@ class _PredictSteps(torch.autograd.Function):
         ctx.plan, ctx.support, ctx.steps, ctx.inputs = plan, support, steps, (query_x, *tensors[3:])
         ctx.save_for_backward(query_x, *tensors)  # support set and all, as in `_Predict`
         chunks = []
-        for tasks in _slices(plan):
+        for tasks in slices(plan):
             outputs: list[Tensor] = []
 
             def visit(adapted: Any, k: int, x: Tensor = query_x[tasks], outputs: list[Tensor] = outputs) -> None:
                 if k in steps:
                     outputs.append(batched.query_pass(adapted, x).outputs)
 
-            with _without_autocast(query_x):
+            with without_autocast(query_x):
                 batched.trajectory(plan, tensors[3:], support.tasks(tasks), visit)
             chunks.append(torch.stack(outputs))
         if not chunks:
@@ -224,7 +226,7 @@ class _PredictSteps(torch.autograd.Function):
         needed = (ctx.needs_input_grad[3], *ctx.needs_input_grad[7:])
         features: list[Tensor | None] = []
         outer: Gradients = [None] * len(parameters)
-        for tasks in _slices(ctx.plan):
+        for tasks in slices(ctx.plan):
             own: Gradients = [None]
 
             def visit(
@@ -241,7 +243,7 @@ class _PredictSteps(torch.autograd.Function):
                     _add(own, [dx])
                     _add(outer, gradients)
 
-            with _without_autocast(query_x):
+            with without_autocast(query_x):
                 batched.trajectory(ctx.plan, parameters, ctx.support.tasks(tasks), visit)
             features += own
         gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
@@ -330,7 +332,7 @@ def _reverse(
     return found
 
 
-def _slices(plan: Plan) -> Iterator[slice]:
+def slices(plan: Plan) -> Iterator[slice]:
     """The tasks of each chunk."""
     for start in range(0, plan.sizes.tasks, plan.chunk):
         yield slice(start, min(start + plan.chunk, plan.sizes.tasks))
@@ -373,7 +375,7 @@ def _zeros_for_none(gradients: Gradients, parameters: FlatParameters, needed: Se
     ]
 
 
-def _without_autocast(like: Tensor) -> AbstractContextManager[None]:
+def without_autocast(like: Tensor) -> AbstractContextManager[None]:
     """Engines choose their own precision; inside one, autocast would mix dtypes in in-place operations."""
     device = like.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -122,8 +122,7 @@ def form_obstacle(problem: Problem, i: int, form: str) -> str | None:
 
 def _updates(inner: InnerLoop) -> int:
     """As of `Shape`: what `engines.rules` does to numbers as many as a weight's, once a gradient is written."""
-    decoupled = inner.decoupled and inner.weight_decay > 0.0
-    if not (inner.needs_gradient or inner.learn_lr or inner.nesterov or (decoupled and inner.momentum)):
+    if inner.update != "general" and inner.needs_gradient is None:
         return 0
     adam = 9 * (inner.optimizer == "adam")
     clips = (inner.max_grad_value is not None) + 2 * (inner.max_grad_norm is not None)

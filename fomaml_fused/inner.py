@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ class InnerLoop:
             `torch.nn.utils.clip_grad_norm_`.
         max_grad_value: the largest element of a gradient, as in `torch.nn.utils.clip_grad_value_`.
         learn_lr: the granularity at which rates are learned, of `GRANULARITIES`; None for fixed rates.
+
+    Attributes:
+        first_adapted: index of the first layer that moves; the number of layers when none does.
+        update: how a parameter of a task's own moves. "plain" where a step is the gradient times a rate, and decay;
+            "heavy ball" where it is along a velocity that the gradient can be summed right into; else "general", for
+            which the gradient is written first.
+        columns: the rates of each layer, [layers][steps].
     """
 
     rates: tuple[tuple[float, ...], ...]
@@ -58,6 +65,10 @@ class InnerLoop:
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
     learn_lr: str | None = None
+    # Asked for many times in a step, and each but a function of the above.
+    first_adapted: int = field(init=False, compare=False, repr=False)
+    update: str = field(init=False, compare=False, repr=False)
+    columns: tuple[tuple[float, ...], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for row in self.rates:
@@ -84,16 +95,13 @@ class InnerLoop:
             or not all(0.0 <= beta < 1.0 for beta in self.betas)
         ):
             raise ValueError(f"betas is {self.betas}; it takes two numbers in [0, 1)")
+        object.__setattr__(self, "first_adapted", self._first_adapted())
+        object.__setattr__(self, "update", self._update())
+        object.__setattr__(self, "columns", tuple(zip(*self.rates, strict=True)))
 
     @property
     def steps(self) -> int:
         return len(self.rates)
-
-    @property
-    def first_adapted(self) -> int:
-        """Index of the first layer that moves; the number of layers when none does."""
-        moving = [i for i, parts in enumerate(self.adapt) if parts]
-        return moving[0] if self.steps and moving else len(self.adapt)
 
     @property
     def learns_each_step(self) -> bool:
@@ -129,7 +137,19 @@ class InnerLoop:
 
     def layer_rates(self, layer: int) -> tuple[float, ...]:
         """The rates of one layer, [steps]."""
-        return tuple(row[layer] for row in self.rates)
+        return self.columns[layer] if self.rates else ()
+
+    def _first_adapted(self) -> int:
+        moving = [i for i, parts in enumerate(self.adapt) if parts]
+        return moving[0] if self.steps and moving else len(self.adapt)
+
+    def _update(self) -> str:
+        if self.optimizer != "sgd" or self.learn_lr is not None:
+            return "general"
+        if not self.momentum or (self.steps <= 1 and not self.nesterov):  # the first step has no velocity yet
+            return "plain"
+        decoupled = self.decoupled and self.weight_decay > 0.0
+        return "general" if self.nesterov or decoupled else "heavy ball"
 
     def __str__(self) -> str:
         parts = [f"K={self.steps}"]

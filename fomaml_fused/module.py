@@ -12,32 +12,28 @@ from torch import Tensor, nn
 
 from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, half_squared_distances, meta_loss, predict, predict_steps
+from .autograd import AdaptedTasks, predict
 from .batch import (
     Query,
     Sizes,
     Support,
-    cast_targets,
     check_query,
     check_query_features,
     check_support,
     check_task_weight,
-    compute_dtype,
 )
 from .engines import FlatParameters
-from .engines.losses import task_loss
 from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
+from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
+from .parts import Part, fused_loss, in_torch, places, task_losses
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
 from .problem import Loss, Problem, SampleLoss
-from .ragged import Counts, Group, TaskCounts, plan_groups, query_of, read_counts, support_of
+from .ragged import Counts, TaskCounts, factor_of, plan_groups, query_of, read_counts, support_of
 from .rates import LearnedRates
 
 REDUCTIONS = ("mean", "sum", "none")
-
-# Tasks that are computed together: which of the batch they are, None for all, and how they are.
-Part = tuple[Group | None, Plan, Support, Query | None]
 
 
 class FOMAML(nn.Module):
@@ -146,9 +142,10 @@ class FOMAML(nn.Module):
         if weights is not None:
             values = [float(w) for w in weights]
             steps = self.problem.inner.steps
-            if len(values) != steps or not all(map(math.isfinite, values)) or not any(values):
+            fine = len(values) == steps and all(math.isfinite(w) and w >= 0.0 for w in values)
+            if not fine or not any(values):
                 raise ValueError(
-                    f"step_weights is {values}; it takes a finite number for each of the {steps} steps, not all 0"
+                    f"step_weights is {values}; it takes a number for each of the {steps} steps, not negative nor all 0"
                 )
             weights = tuple(values)
         self._step_weights = weights
@@ -200,9 +197,12 @@ class FOMAML(nn.Module):
             return self._reference_loss(support, query, task_weight, counts, reduction)
         parts = self._parts(support, query, counts)
         if reduction == "none" or self._asks(query):
-            losses = [self._losses(plan, own, asked) for _, plan, own, asked in parts]
-            return self._reduce(self._in_order(losses, parts, tasks), task_weight, reduction)
-        return self._fused(parts, query, task_weight, tasks, reduction)
+            losses = task_losses(parts, self._parameters_flat, tasks, self._like)
+            return self._reduce(losses, task_weight, reduction)
+        loss, self.skipped = fused_loss(
+            parts, self._parameters_flat, task_weight, tasks, reduction, compiled=self.compiled
+        )
+        return loss
 
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
@@ -224,6 +224,39 @@ class FOMAML(nn.Module):
         snapshot = tuple(None if p is None else p.detach().clone() for p in live)
         tasks = AdaptedTasks(plan, support.clone(), snapshot, keep=True)
         return AdaptedMLP(self.model, self._names(), tasks, live)
+
+    def losses(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor | None = None,
+        query_y: Tensor | None = None,
+        *,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        support_counts: Counts | None = None,
+        query_counts: Counts | None = None,
+        step_counts: Counts | None = None,
+    ) -> InnerLosses:
+        """What happens inside: losses, accuracies and gradient norms of every task and step, without gradients.
+
+        Arguments as of a call; query sets may be left out whatever the outer rule. Runs as batched torch ops, and for a
+        log beside the training loop: `log(meta.losses(...).scalars())`.
+        """
+        support = self._support(support_x, support_y, support_weight)
+        tasks, queries = support.x.shape[0], 0 if query_x is None else query_x.shape[1]
+        query = None
+        if query_x is not None and query_y is not None:
+            query = check_query(self.problem, self._like, tasks, query_x, query_y, query_weight)
+        counts = self._counts(tasks, support.x.shape[-2], queries, support_counts, query_counts, step_counts)
+        parts = self._parts(support, query, counts)
+        found = [
+            inner_losses(in_torch(part.plan), part.support, part.query, self._parameters_flat(part.plan.problem))
+            for part in parts
+        ]
+        if counts is None:
+            return found[0]
+        return joined(found, places(parts, self._like.device), self.problem.inner.steps)
 
     def plan(
         self,
@@ -296,8 +329,8 @@ class FOMAML(nn.Module):
     ) -> TaskCounts | None:
         if support_counts is None and query_counts is None and step_counts is None:
             return None
-        if query_counts is not None and self.problem.outer == "reptile":
-            raise ValueError("query_counts is given; outer 'reptile' takes no query set")
+        if query_counts is not None and not queries:
+            raise ValueError("query_counts is given; there is no query set")
         return TaskCounts(
             read_counts("support_counts", support_counts, tasks, shots, 1 if self.problem.inner.steps else 0),
             read_counts("query_counts", query_counts, tasks, queries, 0),
@@ -308,53 +341,19 @@ class FOMAML(nn.Module):
         """The batch as it is computed: whole, or by groups of tasks that are alike."""
         if counts is None:
             queries = 0 if query is None else query.x.shape[1]
-            return [(None, self._plan(support, queries), support, query)]
+            return [Part(None, self._plan(support, queries), support, query)]
         sizes, steps = self._sizes(support, 0), self.problem.inner.steps
         planned = plan_groups(self.problem, sizes, counts, self.backend, self._precision(sizes.device))
         return [
-            (
-                group,
+            Part(
+                group.tasks,
                 plan,
                 support_of(group, support, counts),
                 None if query is None else query_of(group, query, counts, steps),
+                factor_of(group, self.step_weights),
             )
             for group, plan in planned
         ]
-
-    def _fused(
-        self, parts: list[Part], query: Query | None, task_weight: Tensor | None, tasks: int, reduction: str
-    ) -> Tensor:
-        """The sum or mean over tasks, with its gradient taken on the way."""
-        dtype = compute_dtype(self._like.dtype)
-        skips = self.problem.nonfinite == "skip"
-        weight = None if task_weight is None else task_weight.to(dtype)
-        # Where tasks may be skipped, what the mean is over is known when all are through.
-        whole: float | Tensor = 1.0
-        if reduction == "mean" and not skips:
-            whole = float(max(tasks, 1)) if weight is None else weight.sum()
-        total, kept = [], []
-        for group, plan, support, own in parts:
-            part = weight if group is None or weight is None else weight[list(group.tasks)]
-            if own is not None and own.task_weight is not None:
-                part = own.task_weight.to(dtype)
-            share = 1.0 / whole if part is None else part / whole
-            found, counted = meta_loss(
-                plan, support, own, share, self._parameters_flat(plan.problem), compiled=self.compiled
-            )
-            total.append(found)
-            if counted is not None:
-                kept.append(counted)
-        value = total[0] if len(total) == 1 else torch.stack(total).sum()
-        if tasks == 0 and reduction == "mean":  # torch's own convention for no task
-            return value + math.nan
-        if not skips:
-            return value
-        counted = torch.stack(kept).sum() if kept else value.new_zeros(())
-        self.skipped = (tasks if weight is None else weight.sum()) - counted
-        if reduction == "sum":
-            return value
-        any_left = counted != 0
-        return value / torch.where(any_left, counted, 1.0).to(value.dtype) + torch.where(any_left, 0.0, math.nan)
 
     def _asks(self, query: Query | None) -> bool:
         """Whether more may ask for a gradient than the parameters and query features, for which the fused loss has it.
@@ -367,29 +366,6 @@ class FOMAML(nn.Module):
         if any(t is not None and t.requires_grad for t in asked):
             return True
         return self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
-
-    def _losses(self, plan: Plan, support: Support, query: Query | None) -> Tensor:
-        """The loss of each task [T], differentiable by whatever comes behind it."""
-        parameters = self._parameters_flat(plan.problem)
-        if query is None:
-            return half_squared_distances(self._batched(plan), support, parameters)
-        dtype = compute_dtype(query.x.dtype)
-        y, weight = cast_targets(query.y, dtype), query.weight
-        if query.step_weights is None:
-            outputs = self._predict(plan, support, query.x).to(dtype)
-            return task_loss(plan.problem.outer_loss, y, weight, outputs.shape[2], dtype).values(outputs)
-        counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}
-        outputs = predict_steps(self._batched(plan), support, query.x, list(counted), parameters).to(dtype)
-        loss = task_loss(plan.problem.outer_loss, y, weight, outputs.shape[3], dtype)
-        return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
-
-    def _in_order(self, losses: list[Tensor], parts: list[Part], tasks: int) -> Tensor:
-        """The losses of all tasks [T] from those of the groups."""
-        if len(parts) == 1 and parts[0][0] is None:
-            return losses[0]
-        order = [t for group, *_ in parts if group is not None for t in group.tasks]
-        back = torch.tensor(order, device=self._like.device, dtype=torch.long).argsort()
-        return torch.cat(losses)[back] if losses else self._like.new_empty(tasks)
 
     def _reduce(self, losses: Tensor, task_weight: Tensor | None, reduction: str) -> Tensor:
         if self.problem.nonfinite == "skip" and reduction != "none":
@@ -435,10 +411,6 @@ class FOMAML(nn.Module):
         sizes = self._sizes(support, queries)
         return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
 
-    def _batched(self, plan: Plan) -> Plan:
-        """The same batch in the engine of torch ops, for what it alone gives."""
-        return plan if plan.engine == "batched" else make_plan(plan.problem, plan.sizes, "torch")
-
     def _precision(self, device: torch.device) -> str:
         if self.precision is not None:
             return self.precision
@@ -465,7 +437,7 @@ class FOMAML(nn.Module):
         """As engines list them; problem: with fewer inner steps than this module's, for a group of tasks."""
         if list(self.model.modules()) != self._read:
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
-        flat = [p for block in self._blocks for p in block.parameters().values()]
+        flat = [p for block in self._blocks for p in block.listed()]
         like = self._like
         for p in flat:
             if p is not None and (p.dtype != like.dtype or p.device != like.device):

@@ -50,11 +50,16 @@ class Block:
     norm: nn.LayerNorm | nn.BatchNorm1d | None = None
     activation: Activation | None = None
 
-    def parameters(self) -> dict[str, nn.Parameter | None]:
-        """By part, in the order of `inner.PARTS`; None for those that it lacks."""
-        modules = (self.linear, self.linear, self.norm, self.norm)
-        found = (getattr(module, part, None) for module, part in zip(modules, ("weight", "bias") * 2, strict=True))
-        return dict(zip(PARTS, found, strict=True))
+    def listed(self) -> tuple[Tensor | None, ...]:
+        """In the order of `inner.PARTS`; None for those that it lacks."""
+        linear, norm = self.linear, self.norm
+        if norm is None:
+            return linear.weight, linear.bias, None, None
+        return linear.weight, linear.bias, norm.weight, norm.bias
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By part, those that it has."""
+        return {part: p for part, p in zip(PARTS, self.listed(), strict=True) if isinstance(p, nn.Parameter)}
 
 
 def read_network(model: nn.Module) -> tuple[Network, list[Block]]:
@@ -99,7 +104,7 @@ def read_network(model: nn.Module) -> tuple[Network, list[Block]]:
 def part_names(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, str]]:
     """Of each layer, the names that its parameters have in the model, by part."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return [{part: names[id(p)] for part, p in block.parameters().items() if p is not None} for block in blocks]
+    return [{part: names[id(p)] for part, p in block.parameters().items()} for block in blocks]
 
 
 def _layer(block: Block) -> Layer:

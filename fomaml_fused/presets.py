@@ -17,14 +17,14 @@ class ANIL(FOMAML):
 
 
 class MetaSGD(FOMAML):
-    """`FOMAML` that learns a rate for every element of every parameter (Li et al. 2017, algorithm 1, to first order)."""
+    """`FOMAML` that learns a rate for every element of every parameter (Li et al. 2017, to first order)."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **_with("MetaSGD", options, learn_lr="element"))
 
 
 class Reptile(FOMAML):
-    """The outer rule of Reptile (Nichol et al. 2018, algorithm 2): no query set, and as a gradient how far tasks move."""
+    """The outer rule of Reptile (Nichol et al. 2018, algorithm 2): no query set; the gradient is how far tasks move."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **_with("Reptile", options, outer="reptile"))

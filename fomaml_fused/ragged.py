@@ -139,24 +139,26 @@ def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Quer
         index = torch.tensor(group.tasks, device=query.x.device)
     weight = None if query.weight is None else query.weight[index, : group.queries]
     mask = _mask([counts.queries[t] for t in group.tasks], group.queries, query.x)
-    task_weight = None if query.task_weight is None else query.task_weight[index]
+    x, y = query.x[index, : group.queries], query.y[index, : group.queries]
     step_weights = query.step_weights
     if step_weights is not None and group.steps < steps:
         # A task that stops early stays where it is for the steps that remain.
-        rest = sum(step_weights[max(group.steps - 1, 0) :])
-        step_weights = (*step_weights[: group.steps - 1], rest) if group.steps else None
-        if not group.steps:
-            ones = query.x.new_ones(len(group.tasks)) if task_weight is None else task_weight
-            task_weight = ones * rest
-    x, y = query.x[index, : group.queries], query.y[index, : group.queries]
-    return Query(x, y, _masked(weight, mask), task_weight, step_weights)
+        step_weights = (*step_weights[: group.steps - 1], sum(step_weights[group.steps - 1 :])) if group.steps else None
+    return Query(x, y, _masked(weight, mask), None, step_weights)
+
+
+def factor_of(group: Group, step_weights: tuple[float, ...] | None) -> float:
+    """What the loss of tasks that take no step counts, where that of each step has a weight."""
+    return 1.0 if group.steps or step_weights is None else sum(step_weights)
 
 
 def _bucket(count: int, ratio: float) -> int:
     """Which counts go together: equal ones, or those between two powers of the ratio."""
+    if math.isinf(ratio):
+        return 0
     if ratio == 1.0 or count <= 1:
         return count
-    return 0 if math.isinf(ratio) else -math.floor(math.log(count) / math.log(ratio) + 1e-9) - 1
+    return -math.floor(math.log(count) / math.log(ratio) + 1e-9) - 1
 
 
 def _mask(counts: list[int], most: int, like: Tensor) -> Tensor | None:

@@ -29,9 +29,7 @@ class LearnedRates(nn.Module):
             give.
     """
 
-    def __init__(
-        self, inner: InnerLoop, positive: str | None, layers: Sequence[Mapping[str, nn.Parameter | None]]
-    ) -> None:
+    def __init__(self, inner: InnerLoop, positive: str | None, layers: Sequence[Mapping[str, nn.Parameter]]) -> None:
         super().__init__()
         if positive not in (None, *CONSTRAINTS):
             raise ValueError(f"positive_lr is {positive!r}; it takes None, 'softplus' or 'clamp'")
@@ -39,7 +37,6 @@ class LearnedRates(nn.Module):
             raise ValueError(f"learn_lr is {inner.learn_lr!r}; without an inner step there is no rate to learn")
         self.inner, self.positive = inner, positive
         like = layers[0]["weight"]
-        assert like is not None
         start = torch.tensor(inner.rates, dtype=torch.float64)  # [K, layers]
         if positive is not None and bool((start < 0).any() or (positive == "softplus" and (start == 0).any())):
             raise ValueError(f"lr is {start.min():g}; positive_lr={positive!r} takes rates above 0 to start from")
@@ -57,10 +54,8 @@ class LearnedRates(nn.Module):
         self.length = len(PARTS) * len(layers)
         for i, parts in enumerate(layers):
             for part in inner.adapt[i]:
-                shape = parts[part]
-                assert shape is not None
                 self.places.append(len(PARTS) * i + PARTS.index(part))
-                self.values.append(nn.Parameter(torch.full_like(shape, float(raw[0, i]))))
+                self.values.append(nn.Parameter(torch.full_like(parts[part], float(raw[0, i]))))
 
     def listed(self) -> list[Tensor | None]:
         """As engines list them."""

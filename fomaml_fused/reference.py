@@ -205,7 +205,9 @@ def meta_loss(
     per_task = torch.stack(losses) if losses else support_x.new_empty(0)
     if nonfinite == "skip" and reduction != "none":
         kept = [t for t, value in enumerate(losses) if value.isfinite()]
-        per_task, task_weight = per_task[kept], None if task_weight is None else task_weight[kept]
+        # Stacked anew: a cotangent of 0 would still be nan times a diverged task's derivatives.
+        per_task = torch.stack([losses[t] for t in kept]) if kept else support_x.new_empty(0)
+        task_weight = None if task_weight is None else task_weight[kept]
     return reduce_tasks(per_task, task_weight, reduction)
 
 

@@ -195,6 +195,10 @@ class Case:
         """The keywords of the oracle's inner loop."""
         return {name: v for name, v in self.options().items() if name not in OUTER_OPTIONS}
 
+    def oracle_options(self) -> dict[str, Any]:
+        """The keywords of the oracle's meta-loss; rates that are learned it takes as tensors."""
+        return {name: v for name, v in self.options().items() if name not in ("learn_lr", "positive_lr")}
+
     def options(self) -> dict[str, Any]:
         names = ("lr", "steps", *OPTIONS)
         outer = None if self.outer_loss is None else LOSSES[self.outer_loss]
@@ -203,7 +207,7 @@ class Case:
 
 def flat(model: nn.Module) -> list[Tensor | None]:
     """A model's parameters as engines list them."""
-    return [p for block in read_network(model)[1] for p in block.parameters().values()]
+    return [p for block in read_network(model)[1] for p in block.listed()]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_weights_and_soft_targets_that_ask_for_gradients_get_them() -> None:
     meta, batch = setup(replace(CASE, weighted=True))
     asking = {name: batch[name].clone().requires_grad_() for name in ("query_y", "query_weight", "task_weight")}
     actual = torch.autograd.grad(meta(**(batch | asking)), list(asking.values()))
-    reference = ff.reference.meta_loss(meta.model, **(batch | asking), **CASE.options())
+    reference = ff.reference.meta_loss(meta.model, **(batch | asking), **CASE.oracle_options())
     for a, b in zip(actual, torch.autograd.grad(reference, list(asking.values())), strict=True):
         assert relative_error(a, b) < 1e-10
 
@@ -159,7 +159,7 @@ def test_the_parameters_of_a_callable_outer_loss_get_their_gradient(reduction: s
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (scale * outputs - targets).square().mean(-1)
 
-    batch, options = CASE.batch(torch.float64), CASE.options() | {"outer_loss": loss}
+    batch, options = CASE.batch(torch.float64), CASE.oracle_options() | {"outer_loss": loss}
     meta = ff.FOMAML(CASE.model(torch.float64), **options)
     reference = ff.reference.meta_loss(meta.model, **batch, **options, reduction=reduction)
     (actual,) = torch.autograd.grad(meta(**batch, reduction=reduction).sum(), scale)

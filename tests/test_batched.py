@@ -125,7 +125,7 @@ def test_sixteen_bit_parameters_are_computed_in_float32(form: str, dtype: torch.
         model = case.model(dtype).to(working)
         exact = {n: t.detach().to(working) if t.is_floating_point() else t for n, t in batch.items()}
         exact["query_x"].requires_grad_()
-        value = ff.reference.meta_loss(model, **exact, **case.options())
+        value = ff.reference.meta_loss(model, **exact, **case.oracle_options())
         return [value.detach(), *torch.autograd.grad(value, [*model.parameters(), exact["query_x"]])]
 
     for actual, own, expected in zip([loss, *gradients], oracle(dtype), oracle(torch.float64), strict=True):

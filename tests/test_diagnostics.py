@@ -17,7 +17,7 @@ def test_the_gap_is_between_the_oracles_gradients() -> None:
             [
                 g.flatten()
                 for g in torch.autograd.grad(
-                    ff.reference.meta_loss(model, **batch, **case.options(), first_order=first_order),
+                    ff.reference.meta_loss(model, **batch, **case.oracle_options(), first_order=first_order),
                     list(model.parameters()),
                 )
             ]

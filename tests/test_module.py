@@ -27,7 +27,7 @@ def test_a_training_loop_follows_the_oracles() -> None:
     for seed in range(20):
         batch = Case(**{**vars(CASE), "seed": seed}).batch(torch.float64)
         for optimizer, loss in zip(
-            optimizers, (meta(**batch), ff.reference.meta_loss(theirs, **batch, **CASE.options())), strict=True
+            optimizers, (meta(**batch), ff.reference.meta_loss(theirs, **batch, **CASE.oracle_options())), strict=True
         ):
             optimizer.zero_grad()
             loss.backward()
@@ -190,7 +190,7 @@ def test_a_model_of_two_dtypes_is_an_error() -> None:
 )
 def test_presets_do_not_take_what_they_set(preset: type[ff.FOMAML], option: str) -> None:
     with pytest.raises(TypeError, match=f"{preset.__name__} is FOMAML with {option}="):
-        preset(CASE.model(torch.float64), **{option: "all"})
+        preset(CASE.model(torch.float64), **{option: "all"})  # type: ignore[arg-type]
 
 
 def test_repr_says_what_is_computed() -> None:

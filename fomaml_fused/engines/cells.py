@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from .coefficients import Coefficients, LearnedCoefficients, coefficients, learn
 from .dual_forms import DualFirstLayer, DualLayer
 from .forms import FoldingLayer, PrimalLayer, SharedLayer
 from .norms import NormLayer, NormSaved
-from .rules import OwnParameter, Rate, Rule, kept
+from .rules import OwnParameter, Rate, kept
 
 Parts = dict[str, Tensor]
 
@@ -42,12 +43,16 @@ class Reversed:
     d: Tensor
     norm: Parts
 
-    def outer_gradient(self, part: str, keep: Tensor | None) -> Tensor:
-        """The gradient of one part of the layer summed over tasks, those to keep."""
-        if part.startswith("norm"):
-            return kept(self.norm[part], keep).sum(0)
+    def outer_gradients(self, needed: Sequence[bool], keep: Tensor | None) -> list[Tensor | None]:
+        """The gradients of the parts asked for, in the order of `PARTS`, summed over tasks, those to keep."""
         rows = kept(self.d, keep).flatten(0, 1)  # [T * Q, out]
-        return rows.sum(0) if part == "bias" else rows.t() @ kept(self.x, keep).flatten(0, 1)
+        weight = rows.t() @ kept(self.x, keep).flatten(0, 1) if needed[0] else None
+        bias = rows.sum(0) if needed[1] else None
+        norms = [
+            kept(self.norm[part], keep).sum(0) if need else None
+            for part, need in zip(PARTS[2:], needed[2:], strict=True)
+        ]
+        return [weight, bias, *norms]
 
 
 Backward = dict[int, Reversed]  # by layer, of those that a backward pass reaches
@@ -234,7 +239,7 @@ class Builder:
     def _own(self, i: int, part: str) -> OwnParameter:
         shared = self.parameters[i][part]
         assert shared is not None
-        return OwnParameter(shared, Rule(self.problem.inner, self._rates(i, part)))
+        return OwnParameter(shared, self.problem.inner, self._rates(i, part))
 
     def _rates(self, i: int, part: str) -> tuple[Rate, ...]:
         """The rate of each step."""

@@ -79,7 +79,7 @@ class HistoryLayer(SharedLayer):
         """X times the shared weights, and the bias if it moves; [T, N, out]."""
         if self.bias_moves:
             return super()._shared(x)
-        return torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t()).view(*x.shape[:-1], -1)
+        return torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t()).view(*x.shape[:-1], self.weight.shape[0])
 
     def _sum(self, scale: Rate, inputs: Tensor, gradients: Tensor, sign: float) -> tuple[Tensor, Tensor | None]:
         """Scale * W_0 + sign * gradients.T @ inputs, [t, out, in], and the bias alike, [t, out].

@@ -83,11 +83,11 @@ class SharedLayer:
             z = torch.addmm(self.bias, rows, self.weight.t(), beta=scale, alpha=scale)
         else:
             z = _scaled_mm(rows, self.weight.t(), scale)
-        return z.view(*x.shape[:-1], -1)
+        return z.view(*x.shape[:-1], self.weight.shape[0])
 
     def _shared_backward(self, d: Tensor, scale: Rate = 1.0) -> Tensor:
         """Scale * d @ W_0, [T, S, in]."""
-        return _scaled_mm(d.reshape(-1, d.shape[-1]), self.weight, scale).view(*d.shape[:-1], -1)
+        return _scaled_mm(d.reshape(-1, d.shape[-1]), self.weight, scale).view(*d.shape[:-1], self.weight.shape[1])
 
 
 class PrimalLayer(SharedLayer):
@@ -107,7 +107,9 @@ class PrimalLayer(SharedLayer):
             return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
         if bias is self.bias or bias is None:
             return self._shared(x)
-        return torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t()).view(*x.shape[:-1], -1).add_(bias)
+        return (
+            torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t()).view(*x.shape[:-1], self.weight.shape[0]).add_(bias)
+        )
 
     def backward(self, d: Tensor) -> Tensor:
         weight = None if self.own_weight is None else self.own_weight.value

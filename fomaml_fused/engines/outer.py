@@ -66,9 +66,10 @@ def contract(
     rates: as of `rate_gradients`.
     """
     for i, own in found.items():
-        for p, part in enumerate(PARTS, len(PARTS) * i):
-            if needed[p]:
-                _add(gradients, p, own.outer_gradient(part, keep))
+        start, end = len(PARTS) * i, len(PARTS) * (i + 1)
+        for p, gradient in enumerate(own.outer_gradients(needed[start:end], keep), start):
+            if gradient is not None:
+                _add(gradients, p, gradient)
     for p, of_tasks in rates.items():
         _add(gradients, p, kept(of_tasks, keep).sum(0))
 

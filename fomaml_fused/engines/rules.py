@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,36 +10,6 @@ from torch import Tensor
 from ..inner import InnerLoop
 
 Rate = float | Tensor  # a tensor of no dimension, or for rates of elements one of the parameter's shape
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An inner loop's rule for one parameter, or for the weight and bias of one layer.
-
-    Attributes:
-        rates: of each step, [K].
-    """
-
-    inner: InnerLoop
-    rates: Sequence[Rate]
-
-    @property
-    def learned(self) -> bool:
-        return self.inner.learn_lr is not None
-
-    @property
-    def plain(self) -> bool:
-        """Whether a step is the gradient times a rate, and decay."""
-        inner = self.inner
-        still = not inner.momentum or (len(self.rates) <= 1 and not inner.nesterov)
-        return inner.optimizer == "sgd" and still and not self.learned
-
-    @property
-    def heavy_ball(self) -> bool:
-        """Whether a step is along a velocity that the gradient can be summed right into."""
-        inner = self.inner
-        decoupled = inner.decoupled and inner.weight_decay > 0.0
-        return inner.optimizer == "sgd" and not (self.learned or inner.nesterov or decoupled)
 
 
 class OwnParameter:
@@ -52,8 +21,9 @@ class OwnParameter:
         moved: where rates are learned, what they multiplied: of each step, or summed over steps that share a rate.
     """
 
-    def __init__(self, shared: Tensor, rule: Rule) -> None:
-        self.shared, self.rule = shared, rule
+    def __init__(self, shared: Tensor, inner: InnerLoop, rates: Sequence[Rate]) -> None:
+        """rates: of each step, [K]."""
+        self.shared, self.inner, self.rates = shared, inner, rates
         self.value: Tensor | None = None
         self.moved: list[Tensor] = []
         self.moments: list[Tensor] = []  # the velocity, or Adam's two
@@ -61,9 +31,9 @@ class OwnParameter:
 
     def step(self, gradient: Tensor) -> None:
         """Take the next step from the gradient [T, *shape], which may be overwritten."""
-        inner, rate = self.rule.inner, self.rule.rates[self.taken]
+        inner, rate = self.inner, self.rates[self.taken]
         old = self.shared if self.value is None else self.value
-        if self.rule.plain:
+        if inner.update == "plain":
             self._plain_step(gradient, float(rate))
             return
         if inner.weight_decay and not inner.decoupled:
@@ -72,22 +42,22 @@ class OwnParameter:
         direction = self._adam(gradient) if inner.optimizer == "adam" else self._velocity(gradient)
         if inner.weight_decay and inner.decoupled:
             direction = torch.add(direction, old, alpha=inner.weight_decay)
-        if self.rule.learned:
+        if inner.learn_lr is not None:
             self._keep(direction)
         self.value = old - direction * rate
 
     def step_product(self, d: Tensor, x: Tensor) -> None:
         """Take the next step of a weight from its gradient `d.mT @ x`; d: [T, S, out].  x: [T, S, in]."""
-        rate = self.rule.rates[self.taken]
-        if self.rule.plain:
+        inner, rate = self.inner, self.rates[self.taken]
+        if inner.update == "plain":
             rate = float(rate)
-            keep = 1.0 - rate * self.rule.inner.weight_decay
+            keep = 1.0 - rate * self.inner.weight_decay
             if self.value is None:
                 self.value = torch.baddbmm(self.shared, d.mT, x, beta=keep, alpha=-rate)
             else:
                 self.value.baddbmm_(d.mT, x, beta=keep, alpha=-rate)
             self.taken += 1
-        elif self.rule.heavy_ball:
+        elif inner.update == "heavy ball":
             self._heavy_ball_step(d, x, float(rate))
         else:
             self.step(torch.bmm(d.mT, x))
@@ -118,7 +88,7 @@ class OwnParameter:
         return torch.zeros_like(gradient) if not self.moved else -(self.moved[0] * gradient)
 
     def _plain_step(self, gradient: Tensor, rate: float) -> None:
-        keep = 1.0 - rate * self.rule.inner.weight_decay
+        keep = 1.0 - rate * self.inner.weight_decay
         self.taken += 1
         if self.value is None:
             self.value = torch.sub(scaled(self.shared, keep), gradient, alpha=rate)
@@ -128,7 +98,7 @@ class OwnParameter:
         self.value.sub_(gradient, alpha=rate)
 
     def _heavy_ball_step(self, d: Tensor, x: Tensor, rate: float) -> None:
-        inner = self.rule.inner
+        inner = self.inner
         self.taken += 1
         if self.value is None:
             velocity = torch.baddbmm(self.shared, d.mT, x, beta=inner.weight_decay)
@@ -143,7 +113,7 @@ class OwnParameter:
 
     def _velocity(self, gradient: Tensor) -> Tensor:
         """The direction of `torch.optim.SGD`."""
-        inner = self.rule.inner
+        inner = self.inner
         if not inner.momentum:
             return gradient
         velocity = torch.add(gradient, self.moments[0], alpha=inner.momentum) if self.moments else gradient
@@ -152,17 +122,17 @@ class OwnParameter:
 
     def _adam(self, gradient: Tensor) -> Tensor:
         """The direction of `torch.optim.Adam` (Kingma and Ba 2015, algorithm 1)."""
-        betas, powers = self.rule.inner.betas, (gradient, gradient.square())
+        betas, powers = self.inner.betas, (gradient, gradient.square())
         before = self.moments or [torch.zeros_like(gradient)] * 2
         self.moments = [
             torch.add(beta * moment, power, alpha=1.0 - beta)
             for moment, power, beta in zip(before, powers, betas, strict=True)
         ]
         first, second = (moment / (1.0 - beta**self.taken) for moment, beta in zip(self.moments, betas, strict=True))
-        return first / second.sqrt().add(self.rule.inner.eps)
+        return first / second.sqrt().add(self.inner.eps)
 
     def _keep(self, direction: Tensor) -> None:
-        if self.moved and not self.rule.inner.learns_each_step:
+        if self.moved and not self.inner.learns_each_step:
             self.moved = [self.moved[0] + direction]
         else:
             self.moved = [*self.moved, direction]

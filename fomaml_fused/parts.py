@@ -1,0 +1,116 @@
+"""A batch in parts, each of tasks that are computed together: the meta-loss of all from those of the parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import AdaptedTasks, half_squared_distances, meta_loss, predict, predict_steps
+from .batch import Query, Support, cast_targets, compute_dtype
+from .engines import FlatParameters
+from .engines.losses import task_loss
+from .planner import make_plan
+from .plans import Plan
+from .problem import Problem
+
+
+class Part(NamedTuple):
+    """Tasks that are computed together.
+
+    Attributes:
+        tasks: which of the batch they are; None for all.
+        query: None where the outer rule asks for none.
+        factor: what their losses count.
+    """
+
+    tasks: tuple[int, ...] | None
+    plan: Plan
+    support: Support
+    query: Query | None
+    factor: float = 1.0
+
+
+Parameters = Callable[[Problem], FlatParameters]  # as engines list them, for a problem with some of the inner steps
+
+
+def fused_loss(
+    parts: Sequence[Part],
+    parameters: Parameters,
+    task_weight: Tensor | None,
+    tasks: int,
+    reduction: str,
+    *,
+    compiled: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The sum or mean over tasks, whose gradient is taken on the way.
+
+    Returns:
+        The loss; and where diverged tasks are skipped, their weight, which without weights is their number.
+    """
+    support = parts[0].support.x if parts else None
+    skips = any(part.plan.problem.nonfinite == "skip" for part in parts)
+    dtype = torch.float32 if support is None else compute_dtype(support.dtype)
+    weight = None if task_weight is None else task_weight.to(dtype)
+    # Where tasks may be skipped, what the mean is over is known when all are through.
+    whole: float | Tensor = 1.0
+    if reduction == "mean" and not skips:
+        whole = float(max(tasks, 1)) if weight is None else weight.sum()
+    total, kept = [], []
+    for part in parts:
+        own = weight if part.tasks is None or weight is None else weight[list(part.tasks)]
+        share = part.factor / whole if own is None else own * (part.factor / whole)
+        found, counted = meta_loss(
+            part.plan, part.support, part.query, share, parameters(part.plan.problem), compiled=compiled
+        )
+        total.append(found)
+        kept += [] if counted is None else [counted / part.factor]
+    value = total[0] if len(total) == 1 else torch.stack(total).sum()
+    if tasks == 0 and reduction == "mean":  # torch's own convention for no task
+        return value + math.nan, None
+    if not skips:
+        return value, None
+    counted = torch.stack(kept).sum() if kept else value.new_zeros(())
+    skipped = (tasks if weight is None else weight.sum()) - counted
+    if reduction == "mean":
+        left = counted != 0
+        value = value / torch.where(left, counted, 1.0).to(value.dtype) + torch.where(left, 0.0, math.nan)
+    return value, skipped
+
+
+def task_losses(parts: Sequence[Part], parameters: Parameters, tasks: int, like: Tensor) -> Tensor:
+    """The loss of each task [T], differentiable by whatever comes behind it."""
+    losses = [part.factor * _task_losses(part, parameters(part.plan.problem)) for part in parts]
+    if len(parts) == 1 and parts[0].tasks is None:
+        return losses[0]
+    return torch.cat(losses)[places(parts, like.device)] if losses else like.new_empty(tasks)
+
+
+def places(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """Where each task of the batch is among those of all parts, [T]."""
+    order = [t for part in parts if part.tasks is not None for t in part.tasks]
+    return torch.tensor(order, device=device, dtype=torch.long).argsort()
+
+
+def in_torch(plan: Plan) -> Plan:
+    """The same batch in the engine of torch ops, for what it alone gives."""
+    return plan if plan.engine == "batched" else make_plan(plan.problem, plan.sizes, "torch")
+
+
+def _task_losses(part: Part, parameters: FlatParameters) -> Tensor:
+    plan, support, query = part.plan, part.support, part.query
+    if query is None:
+        return half_squared_distances(in_torch(plan), support, parameters)
+    outer_loss, dtype = plan.problem.outer_loss, compute_dtype(query.x.dtype)
+    y, weight = cast_targets(query.y, dtype), query.weight
+    if query.step_weights is None:
+        tasks = AdaptedTasks(plan, support, parameters, keep=plan.keeps_state)
+        outputs = predict(tasks, query.x, parameters).to(dtype)
+        return task_loss(outer_loss, y, weight, outputs.shape[2], dtype).values(outputs)
+    counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}
+    outputs = predict_steps(in_torch(plan), support, query.x, list(counted), parameters).to(dtype)
+    loss = task_loss(outer_loss, y, weight, outputs.shape[3], dtype)
+    return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
