@@ -60,6 +60,7 @@ def call_dual_with_rules(engine: str) -> None:
     with ff.override(engine=engine, forms=forms):
         ff.FOMAML(model, **options, **passes)(x, x, q, q).backward()
         ff.FOMAML(model, **options, outer="reptile")(x, x).backward()
+        ff.FOMAML(model, **options)(*(t[:, None].expand(-1, 2, -1, -1) for t in (x, x)), q, q).backward()
 
 
 def described(launch: Launch) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fomaml_fused as ff
+
 from .cases import Case, Solution
 
 

@@ -140,7 +140,8 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
     adapted = Adapted(plan, spec, of_all, *shared, inputs, gradients, max(shots, 1), max(steps, 1))
     points = range(1 if every and steps else steps, steps + 1)
     if first == depth:
-        for adapted.taken in points:
+        for k in points:
+            adapted.taken = k
             yield adapted
         return
     x, y, weight = contiguous(support)
@@ -157,15 +158,16 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
     each = inner.max_grad_norm is not None or inner.learn_lr is not None or (every and plan.engine == "dual")
     if one_matrix and each:
         adapted.first_gradients = new(device, tasks, steps, shots, widths[first + 1])
-    if one_matrix and spec.momentum:
+    if one_matrix and spec.momentum and (plan.engine == "dual" or not each):
         velocity = new(device, tasks, shots, widths[first + 1])
     if plan.engine == "layered":
         yield from _layer_by_layer(adapted, samples, y, weight, counts, velocity)
         return
     inner_steps(adapted, samples, y, counts, velocity)
-    for adapted.taken in points:
+    for k in points:
+        adapted.taken = k
         if one_matrix and every:
-            collapse(adapted, adapted.taken)
+            collapse(adapted, k)
         yield adapted
 
 

@@ -98,14 +98,13 @@ def displacement(adapted: Adapted, shares: Tensor, needed: Sequence[bool], sound
     for i in moving:
         start = (_float(adapted.weights[i]), None if (bias := adapted.biases[i]) is None else bias.float())
         if (own := adapted.own.get(i)) is not None:
-            ends = (own.weight, own.bias)
-            pair = [
-                None if a is None or b is None else _shared(a - b, shares, sound)
-                for a, b in zip(start, ends, strict=True)
-            ]
+            ends = zip(start, (own.weight, own.bias), strict=True)
+            pair = [None if a is None or b is None else _shared(a - b, shares, sound) for a, b in ends]
         else:
-            total = _lost(adapted, i) * shares.sum()
-            pair = [None if a is None or b is None else total * a + b for a, b in zip(start, pairs[i], strict=True)]
+            pair = list(pairs[i])
+            if lost := _lost(adapted, i):
+                total, sums = lost * shares.sum(), zip(start, pair, strict=True)
+                pair = [None if a is None or b is None else total * a + b for a, b in sums]
         found[len(PARTS) * i : len(PARTS) * i + 2] = pair
     return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
 
