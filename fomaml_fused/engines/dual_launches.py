@@ -288,7 +288,7 @@ def forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query: 
     tasks, rows, _ = outputs.shape
     weight, bias, own, spec = _layer(adapted, samples, i)
     dual.forward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i + 1])](
-        weight, bias, samples.base if i == adapted.first and not own else None, *adapted.numbers.of[:2],
+        weight, bias, samples.base if i == adapted.first else None, *adapted.numbers.of[:2],
         tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs), tuple(samples.kept),
         tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
     )  # fmt: skip
