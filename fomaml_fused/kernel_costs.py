@@ -65,11 +65,13 @@ class Work:
 def resident_work(problem: Problem, sizes: Sizes, config: Config, precision: str) -> Work:
     """A meta-step of the resident kernel: two launches, and the chain of each program's tasks."""
     network, steps = problem.network, problem.inner.steps
-    tiles = steps * -(-sizes.shots // config.samples) + -(-sizes.queries // config.samples)
-    rows = sizes.tasks * (steps * sizes.shots + sizes.queries)
+    passes = 0 if problem.outer == "reptile" else steps if problem.multi_step else 1  # over the query set
+    tiles = steps * -(-sizes.shots // config.samples) + passes * -(-sizes.queries // config.samples)
+    rows = sizes.tasks * (steps * sizes.shots + passes * sizes.queries)
     flops = 6.0 * rows * network.parameters
     seconds = 2 * CHIP.launch + _waves(sizes.tasks) * 2 * tiles * network.depth * CHIP.phase
-    traffic = 4.0 * sizes.tasks * (sizes.shots + sizes.queries) * (network.in_features + network.out_features)
+    samples = sizes.shots * (steps if sizes.each_step else 1) + min(passes, 1) * sizes.queries
+    traffic = 4.0 * sizes.tasks * samples * (network.in_features + network.out_features)
     return Work(seconds + flops / CHIP.matrix[precision], flops, traffic + 8.0 * network.parameters)
 
 

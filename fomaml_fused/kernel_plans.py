@@ -36,7 +36,7 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
         return dict.fromkeys(KERNEL_ENGINES, why)
     loss = _callable(problem)
     return {
-        "resident": loss or _resident_obstacle(problem, sizes) or _resident(problem, sizes, told, device, operands),
+        "resident": loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
         "dual": loss or _dual("dual", problem, sizes, told, device, operands),
         "layered": _dual("layered", problem, sizes, told, device, operands),
     }
@@ -44,8 +44,17 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
 
 def tuned_for(problem: Problem, sizes: Sizes, precision: str | None) -> Hashable:
     """What a kernel's configuration is remembered by."""
-    inner = problem.inner
-    return problem.network.widths, precision, sizes.shots, sizes.queries, inner.steps, inner.adapt
+    inner, rules = problem.inner, tuple(resident.rules_of(problem).values())
+    return (
+        problem.network.widths,
+        precision,
+        sizes.shots,
+        sizes.queries,
+        sizes.each_step,
+        inner.steps,
+        inner.adapt,
+        rules,
+    )
 
 
 def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
@@ -63,22 +72,15 @@ def _obstacle(problem: Problem, sizes: Sizes) -> str | None:
     return None
 
 
-def _resident_obstacle(problem: Problem, sizes: Sizes) -> str | None:
+def _resident_obstacle(problem: Problem) -> str | None:
     """The rule that the resident kernel does not have."""
     inner = problem.inner
-    for given, rule in (
-        (inner.needs_gradient, inner.needs_gradient),
-        (inner.nesterov, "nesterov is not in the kernel"),
-        (inner.weight_decay and inner.decoupled, "decoupled_weight_decay is not in the kernel"),
-        (inner.max_grad_norm is not None, "max_grad_norm is not in the kernel"),
-        (inner.learn_lr is not None, "learn_lr is not in the kernel"),
-        (problem.outer == "reptile", "outer 'reptile' is not in the kernel"),
-        (problem.multi_step, "step_weights are not in the kernel"),
-        (problem.nonfinite == "skip", "nonfinite 'skip' is not in the kernel"),
-        (sizes.each_step, "support samples of each step are not in the kernel"),
-    ):
-        if given:
-            return rule
+    if inner.learn_lr == "element":
+        return "rates of elements are not in the kernel"
+    if inner.learns_each_step and inner.steps > 1:
+        return "rates of each step take what each has multiplied, of which the kernel keeps the sum"
+    if inner.optimizer == "adam" and inner.eps < torch.finfo(torch.float32).tiny:
+        return f"eps is {inner.eps:g}, and the padding of tiles would be 0 / 0"
     return None
 
 
@@ -119,7 +121,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
     config = told.config if type(told.config) is Config else tuned or usual
     if config is None:
         return f"its largest weight, {largest:,} numbers when padded, is more than a program holds on chip"
-    spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config)
+    spec = resident.spec_of(problem, sizes.shots, sizes.queries, precision, config, sizes.each_step)
     need = resident_need(spec, config)
     obstacle = _unfit(need, sizes)
     if obstacle is not None:
@@ -134,7 +136,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
         config,
         # What is tuned is compared with other engines by what it was before.
         resident_work(problem, sizes, usual or config, precision),
-        held=4.0 * spec.parameters,
+        held=4.0 * spec.parameters * (2 if spec.learns else 1),
         reason=f"one program a task, {_layout(config, precision)}; about {need.registers} registers a thread, "
         f"{need.shared:,} bytes of shared memory",
     )

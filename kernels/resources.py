@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .configuration import Config, DualConfig
-from .spec import DualSpec, Spec, contracted, features, padded, walked
+from .spec import DualSpec, Spec, contracted, features, full, gathers, padded
 
 REGISTERS = 255  # a thread, on NVIDIA and AMD alike as far as the kernel goes
 
@@ -40,8 +40,12 @@ def resident_need(spec: Spec, config: Config) -> Need:
     by_precision = {"bf16": (1.0, 8), "fp16": (1.0, 8), "tf32": (2.0, 8)}
     copies, per_layer = by_precision.get(spec.precision, (3.0, 28))
     copies *= 1.5 if config.warps > 4 else 1.0
-    # A velocity stands beside them too, and so do the sums of a step that walks over samples.
-    copies += spec.momentum + walked(spec)
+    # A velocity stands beside them too, and so do the sums of a step that walks over samples, a gradient that is
+    # gathered, both moments of Adam; and beside all of these the outer gradient, where every step has its part in it.
+    copies += spec.momentum + max(full(spec), gathers(spec)) + 1.5 * spec.adam + spec.multi_step
+    copies += spec.learns * (1 + spec.multi_step)
+    if spec.multi_step and spec.one_query_tile:
+        activations += spec.samples * (padded(spec.widths[0]) + padded(spec.widths[-1])) // 2
     registers = 64 + (int(copies * sum(tiles)) + 2 * activations) // threads + per_layer * len(tiles)
     staged = max(tiles, default=0) * (2 if spec.precision == "tf32x3" else 1)
     return Need(registers, 4 * (sum(tiles) + staged) + 12 * activations)

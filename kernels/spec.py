@@ -19,12 +19,17 @@ class Spec:
         widths: features from the input to the output, [layers + 1].
         biases, activations, adapts: of each layer: whether it has a bias, what comes behind it, whether it moves.
         loss, outer_loss: on the support set and on the query set.
-        momentum, decay: whether the inner loop has them; how much of them, it reads at run time.
+        momentum, decay: whether the inner loop has them; how much of them, it reads at run time, as all numbers.
         precision: of the operands of matrix products, one of `PRECISIONS`; they are summed in float32.
         samples: columns of a tile of samples, a power of two, at least 16.
         one_support_tile, one_query_tile: whether a task's samples fit one tile; else they are walked over.
-        nesterov, decoupled: whether momentum is Nesterov's, and whether decay is kept out of it.
-        each_step: whether every inner step has support samples of its own.
+        nesterov, adam, clips_value, clips_norm: whether the inner loop has them.
+        decoupled: whether decay stays out of momentum and of Adam's moments.
+        each_step: whether every step has support samples of its own.
+        reptile: whether the outer gradient is the way that a task went; no query set.
+        multi_step: whether the query loss after every step counts.
+        skips: whether tasks that diverge are left out.
+        learns: whether each layer has a rate that is learned, the same for all steps.
     """
 
     widths: tuple[int, ...]
@@ -40,8 +45,15 @@ class Spec:
     one_support_tile: bool = True
     one_query_tile: bool = True
     nesterov: bool = False
+    adam: bool = False
+    clips_value: bool = False
+    clips_norm: bool = False
     decoupled: bool = False
     each_step: bool = False
+    reptile: bool = False
+    multi_step: bool = False
+    skips: bool = False
+    learns: bool = False
 
     @property
     def parameters(self) -> int:
@@ -119,9 +131,28 @@ def sixteen_bits(SPEC):
 
 
 @triton.constexpr_function
+def full(SPEC):
+    """Whether a step's sums stand beside the weights, or the outer gradient does during all steps."""
+    return walked(SPEC) or SPEC.multi_step
+
+
+@triton.constexpr_function
 def tight(SPEC):
-    """Whether registers run short: where operands are split in two, or a step's sums stand beside the weights."""
-    return SPEC.precision in ("tf32x3", "ieee") or walked(SPEC)
+    """Whether registers run short in a step: where operands are split in two, or what it sums has tiles of its own."""
+    return SPEC.precision in ("tf32x3", "ieee") or full(SPEC) or gathers(SPEC)
+
+
+@triton.constexpr_function
+def gathers(SPEC):
+    """Whether a step's gradient is summed before it moves anything; else it is summed right into what it moves."""
+    return SPEC.nesterov or SPEC.adam or SPEC.clips_value or SPEC.clips_norm or SPEC.learns
+
+
+@triton.constexpr_function
+def moves(SPEC, block):
+    """Whether a tile moves in the inner loop, of a tuple of all weights and then all biases."""
+    layer = block % len(SPEC.adapts)
+    return SPEC.adapts[layer] and (block < len(SPEC.adapts) or SPEC.biases[layer])
 
 
 @triton.constexpr_function
@@ -186,6 +217,12 @@ def weight_offset(SPEC, layer):
     for i in range(layer):
         offset += aligned(SPEC.widths[i] * SPEC.widths[i + 1]) + aligned(SPEC.widths[i + 1] * SPEC.biases[i])
     return offset
+
+
+@triton.constexpr_function
+def gradients_length(SPEC):
+    """Numbers in the gradient of all parameters, and of the rates that are learned behind them."""
+    return weight_offset(SPEC, len(SPEC.activations)) + (aligned(len(SPEC.activations)) if SPEC.learns else 0)
 
 
 @triton.constexpr_function

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .losses import expected_classes, takes_classes
-from .spec import bias_offset, depth, padded, samples, weight_offset, width
+from .spec import bias_offset, depth, gradients_length, padded, samples, weight_offset, width
 
 
 @triton.jit
@@ -72,16 +72,24 @@ def store_parameters(p_flat, weights, biases, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_to_partials(p_partials, sums, scale, i_p, later, SPEC: tl.constexpr):
-    """Store a task's gradient, scale * sums, as program i_p's partial sum; `later`: on top of its earlier tasks'."""
-    p_flat = p_partials + i_p.to(tl.int64) * weight_offset(SPEC, depth(SPEC))
+def add_to_partials(p_partials, sums, rates, scale, i_p, later, SPEC: tl.constexpr):
+    """Store a task's gradient, scale * sums, as program i_p's partial sum; `later`: on top of its earlier tasks'.
+
+    rates: the gradient of each layer's rate, where they are learned.
+    """
+    p_flat = p_partials + i_p.to(tl.int64) * gradients_length(SPEC)
+    p_rates = p_flat + weight_offset(SPEC, depth(SPEC))
     if later:
         # Other threads of this program may have stored what this one is about to load.
         tl.debug_barrier()
         weights, biases = load_fast(p_flat, 0, SPEC)
         store_parameters(p_flat, plus(weights, sums[0], scale), plus(biases, sums[1], scale), SPEC)
+        for i in tl.static_range(len(rates)):
+            tl.store(p_rates + i, tl.load(p_rates + i) + rates[i] * scale)
     else:
         store_parameters(p_flat, scaled(sums[0], scale), scaled(sums[1], scale), SPEC)
+        for i in tl.static_range(len(rates)):
+            tl.store(p_rates + i, rates[i] * scale)
 
 
 @triton.jit
@@ -99,6 +107,14 @@ def store_samples(p_x, b_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     o_s = o + tl.arange(0, samples(SPEC))[None, :]
     o_c = tl.arange(0, padded(WIDTH))[:, None]
     tl.store(p_x + i_t * N * WIDTH + o_s * WIDTH + o_c, b_x, mask=(o_s < N) & (o_c < WIDTH))
+
+
+@triton.jit
+def add_samples(p_x, b_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
+    """Add columns [WIDTH, B] to samples o ... of task i_t in [T, N, WIDTH], which is this program's own."""
+    # Other threads of this program may have stored what this one is about to load.
+    tl.debug_barrier()
+    store_samples(p_x, load_samples(p_x, i_t, o, N, WIDTH, SPEC) + b_x, i_t, o, N, WIDTH, SPEC)
 
 
 @triton.jit
@@ -165,6 +181,24 @@ def scaled(blocks, scale):
     for i in tl.static_range(len(blocks)):
         found = found + (blocks[i] * scale,)
     return found
+
+
+@triton.jit
+def kept_if(condition, blocks):
+    """Tiles where a condition holds, else tiles of 0."""
+    found = ()
+    for i in tl.static_range(len(blocks)):
+        found = found + (tl.where(condition, blocks[i], 0.0),)
+    return found
+
+
+@triton.jit
+def not_finite(blocks):
+    """How many elements of tiles are infinite or not a number."""
+    count = tl.full((), 0, tl.int32)
+    for i in tl.static_range(len(blocks)):
+        count += tl.sum((~(tl.abs(blocks[i]) < float("inf"))).to(tl.int32))
+    return count
 
 
 @triton.jit

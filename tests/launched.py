@@ -63,6 +63,32 @@ def call_dual_with_rules(engine: str) -> None:
         ff.FOMAML(model, **options)(*(t[:, None].expand(-1, 2, -1, -1) for t in (x, x)), q, q).backward()
 
 
+def call_with_rules() -> None:
+    """What launches the resident kernels under the rules of inner and outer loops."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    x, y, q, t = (torch.randn(32, 16, 16) for _ in range(4))
+    adam = {"optimizer": "adam", "nonfinite": "skip", "max_grad_value": 1.0, "weight_decay": 0.1}
+    many = {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": True,
+        "max_grad_norm": 1.0,
+    }
+    rules: list[dict[str, Any]] = [
+        adam,
+        many | {"learn_lr": "layer", "step_weights": (0.5, 0.5), "nonfinite": "skip"},
+        {"outer": "reptile", "nonfinite": "skip"},
+        {"step_weights": (0.5, 0.5)},
+    ]
+    with ff.override(engine="resident"):
+        for options in rules:
+            meta = ff.FOMAML(model, steps=2, backend="triton", precision="tf32", **options)
+            meta(x, y, *([] if "outer" in options else [q.requires_grad_(), t])).backward()
+            meta.predict(x, y, q).sum().backward()
+        meta(x[:, None].expand(-1, 2, -1, -1), y[:, None].expand(-1, 2, -1, -1), q, t).backward()
+
+
 def described(launch: Launch) -> dict[str, Any]:
     """The kernel, the type of each argument and what is known of its value; of a tuple's, by element."""
     source = launch.source
@@ -87,6 +113,7 @@ def main() -> None:
                 call(engine, everything=True)
                 if engine != "resident":
                     call_dual_with_rules(engine)
+            call_with_rules()
         different = {launch.key: launch for launch in launches}.values()
         launched[target] = [described(launch) for launch in different]
         if target == COMPILED:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fomaml_fused as ff
-
 from .cases import Case, Solution
 
 
@@ -51,9 +49,8 @@ def _rounded(case: Case, precision: str) -> Solution:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = _RoundedForward(module, precision)  # type: ignore[assignment]
-    return Solution.of(
-        lambda **batch: ff.reference.meta_loss(model, **batch, **case.oracle_options()), case, model, torch.float32
-    )
+    meta = case.meta(model, "reference")
+    return Solution.of(meta, case, meta, torch.float32)
 
 
 class _RoundedForward:

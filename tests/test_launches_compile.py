@@ -18,10 +18,12 @@ ROOT = Path(__file__).parent.parent
 SIZES = {"T", "N", "S", "Q", "K", "k", "P", "LENGTH"}
 # Of every kernel, the pointers that some launches leave out, or an element of them.
 OPTIONAL = {
-    "resident.meta_kernel": "p_biases p_r p_query_r p_share p_out p_dx p_partials",
-    "resident.adapt_kernel": "p_biases p_r",
+    "resident.meta_kernel": (
+        "p_biases p_rates p_r p_query_x p_query_y p_query_r p_step_weight p_share p_kept p_out p_dx p_partials"
+    ),
+    "resident.adapt_kernel": "p_biases p_rates p_r p_directions",
     "resident.query_kernel": "",
-    "resident.query_backward_kernel": "p_dx p_partials",
+    "resident.query_backward_kernel": "p_directions p_dx p_partials",
     "dual.inner_kernel": "p_biases p_r p_inputs p_gradients p_velocity p_first p_kept",
     "dual.query_kernel": "p_biases p_inputs p_gradients p_y p_r p_cotangent p_now_gradients p_kept p_loss p_dx",
     "dual.forward_kernel": "p_bias p_base p_shrink p_past p_inputs p_gradients p_now p_kept",

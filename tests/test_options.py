@@ -125,6 +125,30 @@ def test_diverged_tasks_are_skipped_and_counted(backend: str, weighted: bool) ->
         assert float(meta.skipped) == pytest.approx(float(count))
 
 
+@pytest.mark.parametrize("learn_lr", ["layer", "layer_step", "element"])
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_a_diverged_task_spoils_no_rate_that_is_learned(learn_lr: str, form: str) -> None:
+    case = Case(tasks=3, activation="relu", steps=4, lr=1.0, nonfinite="skip", learn_lr=learn_lr)
+    meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)
+    batch["support_y"][1] = 1e300
+    forms = ("primal" if learn_lr == "element" else form,) * 2
+    with ff.override(forms=forms):
+        found = torch.autograd.grad(meta(**batch), list(meta.inner_lr.parameters()))
+    rest = {name: value[[0, 2]] for name, value in batch.items()}
+    expected = torch.autograd.grad(meta(**rest), list(meta.inner_lr.parameters()))
+    for actual, value in zip(found, expected, strict=True):
+        assert relative_error(actual, value) < 1e-12
+
+
+def test_rates_alone_may_be_learned() -> None:
+    case = Case(widths=(3, 17, 9, 5), steps=3, learn_lr="layer_step")
+    whole, alone = (case.meta(case.model(torch.float64), "torch") for _ in range(2))
+    alone.model.requires_grad_(requires_grad=False)
+    for meta in (whole, alone):
+        meta(**{name: value.detach() for name, value in case.batch(torch.float64).items()}).backward()
+    assert relative_error(alone.inner_lr.value.grad, whole.inner_lr.value.grad) < 1e-14  # type: ignore[arg-type]
+
+
 def test_where_every_task_diverges_the_loss_is_nan_and_the_gradient_0() -> None:
     case = Case(tasks=2, activation="relu", steps=4, lr=1.0, nonfinite="skip")
     meta, batch = case.meta(case.model(torch.float32), "torch"), case.batch(torch.float32)

@@ -95,6 +95,32 @@ def test_every_rule(rule: str, form: str) -> None:
         check(case, forms, chunk=3)
 
 
+@pytest.mark.parametrize("form", ["primal", "dual", "mixed"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ("reptile", "decay"),
+        ("reptile", "decoupled decay", "nesterov", "support of each step"),
+        ("reptile", "weights alone", "decay", "weights of samples"),
+        ("weights alone", "decay", "momentum", "support of each step"),
+        ("rates by layer and step", "nesterov", "decoupled decay", "multi-step loss"),
+        ("rates by layer", "weights alone", "decay", "momentum", "multi-step loss"),
+        ("global rate", "weights alone", "decay", "support of each step"),
+        ("clipped norm", "clipped values", "layer norm"),
+        ("clipped norm", "weights alone", "decoupled decay", "layer norm"),
+        ("rates of elements", "adam", "layer norm", "multi-step loss"),
+        ("rates by step", "multi-step loss", "skips", "ragged steps"),
+        ("rates by layer and step", "adam", "batch norm", "ragged shots", "ragged steps"),
+    ],
+    ids=" + ".join,
+)
+def test_rules_that_meet(rules: tuple[str, ...], form: str) -> None:
+    case = joined(*rules)
+    forms = forms_of(case, form)
+    if forms is not None:
+        check(case, forms)
+
+
 @settings(max_examples=60)
 @given(pair=st.sampled_from(PAIRS), form=st.sampled_from(FORMS), seed=st.integers(0, 1 << 20), bias=st.booleans())
 def test_pairs_of_rules(pair: tuple[str, str], form: str, seed: int, bias: bool) -> None:

@@ -5,6 +5,7 @@ Imports Triton, so it is imported only where a plan asks for kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
@@ -144,9 +145,12 @@ def compiled_for(problem: Problem, precision: str) -> dict[str, Any]:
 
 @cache  # for good: a captured graph reads them wherever they lie
 def inner_numbers(problem: Problem, device: torch.device) -> Tensor:
-    """Momentum, weight decay and the rate of each step and layer, as the kernels read them."""
+    """Momentum, weight decay and the rate of each step and layer, as the kernels read them; what else rules take."""
     inner = problem.inner
     numbers = [inner.momentum, inner.weight_decay, *(rate for row in inner.rates for rate in row)]
+    numbers += [math.inf if bound is None else bound for bound in (inner.max_grad_norm, inner.max_grad_value)]
+    numbers += [number for beta in inner.betas for number in (beta, 1.0 - beta)] + [inner.eps]
+    numbers += [1.0 / (1.0 - beta**step) for step in range(1, inner.steps + 1) for beta in inner.betas]
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
