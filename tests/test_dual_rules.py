@@ -135,6 +135,19 @@ def test_rates_are_learned_where_layers_fold(rule: dict[str, Any]) -> None:
         check(case)
 
 
+@ENGINES
+def test_rates_are_learned_where_nothing_else_is(engine: str) -> None:
+    case = Case(widths=(3, 17, 5, 3), steps=3, weight_decay=0.1, learn_lr="layer_step", adapt=[0, 2])
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    with ff.override(engine=engine):
+        (expected,) = torch.autograd.grad(meta(**batch), list(meta.inner_lr.parameters()))
+        meta.model.requires_grad_(False)
+        (found,) = torch.autograd.grad(meta(**batch), list(meta.inner_lr.parameters()))
+    assert expected.any()
+    assert torch.equal(found, expected)
+
+
 @st.composite
 def ruled(draw: st.DrawFn) -> Case:
     """Random problems with rules drawn together."""
