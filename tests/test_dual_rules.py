@@ -42,7 +42,7 @@ RULES: list[dict[str, Any]] = [
     {"outer": "reptile", "nonfinite": "skip", "weighted": True},
     {"step_weights": (0.25, 0.0, 0.75)},
     {"step_weights": (0.5, 0.5, 0.0), **WHOLE, "weighted": True, "loss": "cross_entropy"},
-    {"step_weights": (-0.5, 1.0, 1.0), "adapt": [1], "weight_decay": 0.1, "nonfinite": "skip"},
+    {"step_weights": (0.5, 1.0, 1.0), "adapt": [1], "weight_decay": 0.1, "nonfinite": "skip"},
     {"step_weights": (0.5, 0.2, 0.3), "adapt": []},
     {"max_grad_norm": 0.3},
     {"max_grad_norm": 0.3, **WHOLE, "weighted": True, "bias": False},
