@@ -85,8 +85,9 @@ def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str
     blocks = packs * -(-config.tasks * sizes.queries // config.samples)
     total = Work(2 * CHIP.launch, 0.0, 0.0)  # outer gradient and reduction
     for i, (before, after) in enumerate(pairwise(widths)):
-        rank = 0 if i < first or not inner.adapt[i] else support if i == first else history
-        shared = _pass(before, after, 0, 64, -(-sizes.tasks * (sizes.shots + sizes.queries) // 64), config, True)
+        rank = 0 if i < first or not inner.adapt[i] else support if i == first and not sizes.each_step else history
+        shots = sizes.shots * (inner.steps if sizes.each_step else 1)
+        shared = _pass(before, after, 0, 64, -(-sizes.tasks * (shots + sizes.queries) // 64), config, True)
         if i <= first:  # of both sets, forward; and back below the first layer that moves
             total += shared + (shared if i < first else Work(CHIP.launch, 0.0, 0.0))
         if i >= first:
@@ -95,9 +96,10 @@ def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str
             backward = i > first
             for _ in range(inner.steps * (1 + backward)):
                 total += inner_pass
-            total += query_pass
-            if backward:
+            for _ in range((1 + backward) * (max(inner.steps, 1) if problem.multi_step else 1)):
                 total += query_pass
+            if inner.max_grad_norm is not None and inner.adapt[i]:  # two Gram matrices, and what is done with them
+                total += Work(inner.steps * 6 * CHIP.launch, 0.0, 0.0)
         rows = sizes.tasks * sizes.queries
         total += Work(0.0, 2.0 * rows * before * after, 4.0 * (rows * (before + after) + 2 * before * after))
     phases = inner.steps + 1  # the losses

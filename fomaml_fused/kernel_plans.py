@@ -34,11 +34,11 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
     if obstacle is not None or operands is None:
         why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
         return dict.fromkeys(KERNEL_ENGINES, why)
-    loss, rule = _callable(problem), _dual_obstacle(problem, sizes)
+    loss = _callable(problem)
     return {
         "resident": loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
-        "dual": loss or rule or _dual("dual", problem, sizes, told, device, operands),
-        "layered": rule or _dual("layered", problem, sizes, told, device, operands),
+        "dual": loss or _dual("dual", problem, sizes, told, device, operands),
+        "layered": _dual("layered", problem, sizes, told, device, operands),
     }
 
 
@@ -84,22 +84,12 @@ def _resident_obstacle(problem: Problem) -> str | None:
     return None
 
 
-def _dual_obstacle(problem: Problem, sizes: Sizes) -> str | None:
+def _dual_obstacle(engine: str, problem: Problem) -> str | None:
     """The rule that the dual kernels do not have."""
-    inner = problem.inner
-    for given, rule in (
-        (inner.needs_gradient, inner.needs_gradient),
-        (inner.nesterov, "nesterov is not in the kernels"),
-        (inner.weight_decay and inner.decoupled, "decoupled_weight_decay is not in the kernels"),
-        (inner.max_grad_norm is not None, "max_grad_norm is not in the kernels"),
-        (inner.learn_lr is not None, "learn_lr is not in the kernels"),
-        (problem.outer == "reptile", "outer 'reptile' is not in the kernels"),
-        (problem.multi_step, "step_weights are not in the kernels"),
-        (problem.nonfinite == "skip", "nonfinite 'skip' is not in the kernels"),
-        (sizes.each_step, "support samples of each step are not in the kernels"),
-    ):
-        if given:
-            return rule
+    if problem.inner.needs_gradient is not None:
+        return problem.inner.needs_gradient
+    if engine == "dual" and problem.inner.max_grad_norm is not None:
+        return "max_grad_norm takes the gradients of all layers before one of them moves, and all steps are one launch"
     return None
 
 
@@ -153,13 +143,17 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
 
 
 def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    rule = _dual_obstacle(engine, problem)
+    if rule is not None:
+        return rule
     inner, widths = problem.inner, problem.network.widths
     first, depth = inner.first_adapted, problem.network.depth
     forms = _forms(engine, problem, sizes, told)
     folds = any(fold_step(form) for form in forms)
-    if "primal" in forms or (folds and engine == "dual") or (first < depth and fold_step(forms[first])):
+    whole = first == depth or sizes.each_step or not fold_step(forms[first])
+    if "primal" in forms or (folds and engine == "dual") or not whole:
         return f"the forms {', '.join(forms)} are not its own"
-    pending = dual.pending_steps(problem, forms)
+    pending = dual.pending_steps(problem, forms, sizes.each_step)
     tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
     config = next((c for c in (told.config, tuned) if isinstance(c, DualConfig)), None)
     tasks, samples = (config.tasks, config.samples) if config else _tiles(problem, sizes, pending, folds)
@@ -175,20 +169,25 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     usual = dual_configuration(device, tasks, samples, padded(max(2, history)))
     assert usual is not None, f"no rule takes a history of {history}"
     config = config or usual
-    spec = dual.spec_of(problem, sizes.shots, precision, config, forms)
+    spec = dual.spec_of(problem, sizes.shots, precision, config, forms, sizes.each_step)
     need = dual_need(spec, config, engine == "layered")
     obstacle = _unfit(need, sizes)
     if obstacle is not None:
         return obstacle
     # Numbers of a task: its history; inputs, pre-activations and gradients of a step and of the query pass.
     numbers = sizes.shots * (widths[first] + widths[first + 1]) if first < depth else 0
+    numbers *= inner.steps if sizes.each_step else 1
     numbers += inner.steps * sizes.shots * sum(before + after for before, after in list(pairwise(widths))[first + 1 :])
     numbers += sum(
         (1 + spec.momentum) * layer.parameters
         for layer, form in zip(problem.network.layers, forms, strict=True)
         if fold_step(form)
     )
-    passing = (sizes.shots + 4 * sizes.queries) * sum(widths)
+    if first < depth and (inner.max_grad_norm is not None or inner.learn_lr is not None or problem.multi_step):
+        numbers += inner.steps * sizes.shots * widths[first + 1]  # the first layer's gradients of every step
+    # Which tasks are left out is known only after the last of several query passes.
+    passes = max(inner.steps, 1) if problem.multi_step and problem.nonfinite == "skip" else 1
+    passing = (sizes.shots + 4 * passes * sizes.queries) * sum(widths)
     pack = f"{config.tasks} tasks a program" if config.tasks > 1 else "one task a program"
     how = "all steps in one launch" if engine == "dual" else "a launch a layer, its features spread over programs"
     return _plan(
@@ -213,7 +212,7 @@ def _forms(engine: str, problem: Problem, sizes: Sizes, told: Override) -> tuple
         form = "dual" if told.forms is None else told.forms[i]
         if i < inner.first_adapted or not inner.adapt[i]:
             form = "shared"
-        elif engine == "layered" and told.forms is None and i > inner.first_adapted:
+        elif engine == "layered" and told.forms is None and (i > inner.first_adapted or sizes.each_step):
             # Correcting a sample costs more than a product with weights does from this rank on.
             width = 2 * layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
             step = min(max(width, FOLD) // max(sizes.shots, 1) + 1, HISTORY["layered"] // max(sizes.shots, 1))

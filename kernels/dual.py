@@ -4,7 +4,8 @@
 
 X_j, D_j: a layer's inputs on the support set at step j, and the gradients of its pre-activations; s, c_j: numbers that
 all tasks share. The first layer that moves has the same X at every step, so for it X W_0ᵀ + b_0 is the same too, its
-`base`, and the sum over steps is one matrix, H = sum_j c_j D_j, kept up to date.
+`base`, and the sum over steps is one matrix, H = sum_j c_j D_j, kept up to date. Where every step has support samples
+of its own, that layer has a base for each of them and a history like the others'.
 
 A program takes a block of samples of one task, or of a pack of tasks, whose products across tasks are masked. Either
 two launches do all, `inner_kernel` and `query_kernel`; or each does a layer, its features spread over programs:
@@ -21,6 +22,7 @@ from .losses import expected_classes, sample_losses, takes_classes
 from .products import dot
 from .spec import (
     activation,
+    collapses,
     contracted,
     depth,
     features,
@@ -36,25 +38,28 @@ from .spec import (
 @triton.jit(do_not_specialize=["T", "S", "K"])
 def inner_kernel(
     p_weights, p_biases, p_inner, p_shrink, p_past, p_base, p_y, p_r, share,
-    p_inputs, p_gradients, p_velocity, p_kept, T, S, K, SPEC: tl.constexpr,
+    p_inputs, p_gradients, p_velocity, p_first, p_kept, T, S, K, SPEC: tl.constexpr,
 ):  # fmt: skip
     """All inner steps of a pack of tasks, which write its history.
 
     p_weights, p_biases: of each layer [out, in] and [out], or None.  p_inner: momentum, weight decay, and the rate of
     each step and layer [K, layers].  p_shrink: s [K + 1, layers].  p_past: c [K + 1, layers, K].  p_base: of the first
     layer that moves [T, S, out].  p_y: class indices [T, S] or values [T, S, out].  p_r: what each sample counts in its
-    task's loss [T, S], or None where all count `share`.
+    task's loss [T, S], or None where all count `share`. With samples of its own at each step, these are [T, K, S, ...].
 
     p_inputs, p_gradients: the history of each layer from the first that moves. Of that one, its input [T, S, in], which
-    is given, and H [T, S, out]; of those behind it X_j [T, K, S, in] and D_j [T, K, S, out].
+    is given, and H [T, S, out]; of those behind it X_j [T, K, S, in] and D_j [T, K, S, out]. p_first: D_j of that first
+    one, or None where they are not wanted. With samples of its own at each step, that layer's are like the others'.
     Scratch: the last of p_inputs, outputs [T, S, out]; p_velocity, of H, or None; p_kept, pre-activations [T, S, out]
     of layers whose activation's derivative is taken from them.
     """
     i_p = tl.program_id(0)
     LOWEST: tl.constexpr = first_adapted(SPEC)
     here, _begin, first, later = places(i_p, 0, T, S, S, K, SPEC)
-    past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
-    b_first = _forward_weights(p_inputs[LOWEST], past, b_c, p_inputs[LOWEST], here, LOWEST, SPEC)
+    b_first = None
+    if collapses(SPEC, LOWEST):
+        past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
+        b_first = _forward_weights(p_inputs[LOWEST], past, b_c, p_inputs[LOWEST], here, LOWEST, SPEC)
     # Steps are counted over all packs, so that where a pack lies is found anew in each: known to be the same in all of
     # them, the addresses of every layer would be kept in registers, of which there are not enough. And nothing of a
     # step may be fetched before the one before it is stored.
@@ -69,22 +74,22 @@ def inner_kernel(
             )  # fmt: skip
             tl.debug_barrier()
         _loss(
-            p_y, p_r, share, None, None, p_inputs, p_gradients, p_kept, p_inner, p_velocity, here, now, k,
+            p_y, p_r, share, None, None, p_inputs, p_gradients, p_kept, p_inner, p_velocity, p_first, here, now, k,
             support_loss(SPEC), SPEC,
         )  # fmt: skip
         tl.debug_barrier()
         for i in tl.static_range(depth(SPEC) - 1, first_adapted(SPEC), -1):
             _backward(
                 p_weights[i], p_shrink, p_past, p_inputs, p_gradients, p_inputs, p_gradients, p_kept, None, 1.0,
-                p_inner, p_velocity, here, now, first, later, 0, 1, k, K, i, SPEC,
+                p_inner, p_velocity, p_first, here, now, first, later, 0, 1, k, K, i, SPEC,
             )  # fmt: skip
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "N", "S", "K"])
+@triton.jit(do_not_specialize=["T", "N", "S", "K", "taken"])
 def query_kernel(
     p_weights, p_biases, p_shrink, p_past, p_base, p_inputs, p_gradients, p_y, p_r, share, p_cotangent,
-    p_now, p_now_gradients, p_kept, p_loss, p_dx, unit, T, N, S, K, BELOW: tl.constexpr, SPEC: tl.constexpr,
+    p_now, p_now_gradients, p_kept, p_loss, p_dx, unit, T, N, S, K, taken, BELOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The query pass of a block of samples from the first layer that moves: outputs, losses, gradients.
 
@@ -94,21 +99,23 @@ def query_kernel(
 
     p_now: of each layer from the first that moves, its input [T, N, in], of which the first is given; last, the outputs
     [T, N, out].  p_now_gradients: of each layer's pre-activations [T, N, out], or None of each.  p_kept:
-    pre-activations, as above.  p_loss: of each sample, times what it counts, [T, N].  BELOW: whether gradients go on
+    pre-activations, as above.  p_loss: of each sample, times what it counts, [T, N].  taken: inner
+    steps behind the weights, or None for all K.  BELOW: whether gradients go on
     below the first layer that moves: to the layer there, or if there is none to p_dx, times `unit`.
     """
+    k = K if taken is None else taken
     i_p, i_b = _block(N, SPEC)
     here, _begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
     if p_cotangent is None:
         for i in tl.static_range(first_adapted(SPEC), depth(SPEC)):
             _forward(
                 p_weights[i], p_biases[i], p_base, p_shrink, p_past, p_inputs, p_gradients, p_now, p_kept,
-                here, here, first, later, None, 0, 1, K, K, i, SPEC,
+                here, here, first, later, None, 0, 1, k, K, i, SPEC,
             )  # fmt: skip
             tl.debug_barrier()
     if p_y is not None or p_cotangent is not None:
         _loss(
-            p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, None, None, here, here, K,
+            p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, None, None, None, here, here, k,
             query_loss(SPEC), SPEC,
         )  # fmt: skip
     if p_now_gradients[depth(SPEC) - 1] is not None:
@@ -116,7 +123,7 @@ def query_kernel(
             tl.debug_barrier()
             _backward(
                 p_weights[i], p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit,
-                None, None, here, here, first, later, 0, 1, K, K, i, SPEC,
+                None, None, None, here, here, first, later, 0, 1, k, K, i, SPEC,
             )  # fmt: skip
 
 
@@ -154,7 +161,7 @@ def loss_kernel(
     here, begin, _first, _later = places(i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _loss(
-        p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, here, now, k,
+        p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, None, here, now, k,
         query_loss(SPEC) if QUERY else support_loss(SPEC), SPEC,
     )  # fmt: skip
 
@@ -172,7 +179,7 @@ def backward_kernel(
     now = here if QUERY else step_rows(begin, k, S)
     _backward(
         p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit,
-        p_inner, p_velocity, here, now, first, later, tl.program_id(1), tl.num_programs(1), k, K, L, SPEC,
+        p_inner, p_velocity, None, here, now, first, later, tl.program_id(1), tl.num_programs(1), k, K, L, SPEC,
     )  # fmt: skip
 
 
@@ -203,12 +210,18 @@ def step_kernel(
     b_w = tl.load(p_weight + o_w, mask=m_w, other=0.0)
     b_g = tl.zeros([F, WIDE], tl.float32)
     if SPEC.momentum:
-        b_g = tl.load(p_inner) * tl.load(p_weight_velocity + o_w, mask=m_w, other=0.0)
-    if SPEC.decay:
+        momentum = tl.load(p_inner)
+        b_v = tl.load(p_weight_velocity + o_w, mask=m_w, other=0.0)
+        b_g = momentum * b_v
+    if SPEC.decay and not SPEC.decoupled:
         b_g += tl.load(p_inner + 1) * b_w
     b_g = dot(b_d, b_x, b_g, SPEC)
     if SPEC.momentum:
         tl.store(p_weight_velocity + o_w, b_g, mask=m_w)
+    if SPEC.nesterov:
+        b_g += momentum * (b_g - b_v)
+    if SPEC.decay and SPEC.decoupled:
+        b_g += tl.load(p_inner + 1) * b_w
     tl.store(p_weight + o_w, b_w - rate * b_g, mask=m_w)
     if p_bias is not None:
         if i_w == 0:
@@ -216,11 +229,17 @@ def step_kernel(
             b_b = tl.load(p_bias + o_b, mask=o_out < OUT, other=0.0)
             b_gb = tl.sum(b_d, 1)
             if SPEC.momentum:
-                b_gb += tl.load(p_inner) * tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
-            if SPEC.decay:
+                momentum = tl.load(p_inner)
+                b_vb = tl.load(p_bias_velocity + o_b, mask=o_out < OUT, other=0.0)
+                b_gb += momentum * b_vb
+            if SPEC.decay and not SPEC.decoupled:
                 b_gb += tl.load(p_inner + 1) * b_b
             if SPEC.momentum:
                 tl.store(p_bias_velocity + o_b, b_gb, mask=o_out < OUT)
+            if SPEC.nesterov:
+                b_gb += momentum * (b_gb - b_vb)
+            if SPEC.decay and SPEC.decoupled:
+                b_gb += tl.load(p_inner + 1) * b_b
             tl.store(p_bias + o_b, b_b - rate * b_gb, mask=o_out < OUT)
 
 
@@ -244,7 +263,7 @@ def _forward(
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)
     F: tl.constexpr = features(SPEC, OUT)
-    rows = here if first_adapted(SPEC) >= L else now
+    rows = here if collapses(SPEC, L) else now
     if SPEC.adapts[L]:
         past, b_c = history(p_past, first, later, k, K, L, SPEC)
         if b_first is not None and first_adapted(SPEC) == L:
@@ -293,7 +312,7 @@ def _linear(p_weight, p_bias, p_x, rows, o_f, IN: tl.constexpr, OUT: tl.constexp
 
 @triton.jit
 def _loss(
-    p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, here, now, k,
+    p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, p_first, here, now, k,
     LOSS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Store the samples' losses, and the gradient of the last layer's pre-activations, of a loss or a cotangent."""
@@ -304,12 +323,13 @@ def _loss(
     if p_cotangent is not None:
         b_d = load(p_cotangent, here, o_c, OUT)
     else:
-        i, o, m = here
+        rows = now if SPEC.each_step else here
+        i, o, m = rows
         if takes_classes(LOSS):
             b_class = tl.load(p_y + i + o, mask=m, other=0).to(tl.int32)[None, :]
             b_y = expected_classes(b_class, OUT, padded(OUT), LOSS)
         else:
-            b_y = load(p_y, here, o_c, OUT)
+            b_y = load(p_y, rows, o_c, OUT)
         if p_r is None:
             b_r = tl.where(m, share, 0.0)
         else:
@@ -321,13 +341,13 @@ def _loss(
     if p_now_gradients[L] is not None:
         b_kept = b_out if keeps_output(activation(SPEC, L)) else load(p_kept[L], here, o_c, OUT)
         b_d = pull_back(b_d, b_kept, activation(SPEC, L))
-        _keep(p_now_gradients, b_d, p_inner, p_velocity, here, now, o_c, k, L, SPEC)
+        _keep(p_now_gradients, b_d, p_inner, p_velocity, p_first, here, now, o_c, k, L, SPEC)
 
 
 @triton.jit
 def _backward(
     p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit, p_inner, p_velocity,
-    here, now, first, later, start, step, k, K, L: tl.constexpr, SPEC: tl.constexpr,
+    p_first, here, now, first, later, start, step, k, K, L: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Layer L of samples in reverse: tiles of the gradient of the pre-activations below it; of layer 0, of p_dx."""
     IN: tl.constexpr = width(SPEC, L)
@@ -357,23 +377,36 @@ def _backward(
             else:
                 b_kept = load(p_kept[L - 1], here, o_f, IN)
             b_d = pull_back(b_d, b_kept, activation(SPEC, L - 1))
-            _keep(p_now_gradients, b_d, p_inner, p_velocity, here, now, o_f, k, L - 1, SPEC)
+            _keep(p_now_gradients, b_d, p_inner, p_velocity, p_first, here, now, o_f, k, L - 1, SPEC)
 
 
 @triton.jit
-def _keep(p_gradients, b_d, p_inner, p_velocity, here, now, o_f, k, L: tl.constexpr, SPEC: tl.constexpr):
-    """Store features o_f of layer L's D; of the first layer that moves in an inner step, move H by it."""
+def _keep(p_gradients, b_d, p_inner, p_velocity, p_first, here, now, o_f, k, L: tl.constexpr, SPEC: tl.constexpr):
+    """Store features o_f of layer L's D; of the first layer that moves in an inner step, move H by it.
+
+    p_inner: None in the query pass, and where what H moves by is yet to come.  p_first: where that layer's D is stored
+    as well, or None.
+    """
     OUT: tl.constexpr = width(SPEC, L + 1)
-    if p_inner is not None and first_adapted(SPEC) == L:
+    if p_inner is not None and collapses(SPEC, L):
+        if p_first is not None:
+            store(p_first, now, o_f, b_d, OUT)
         rate = tl.load(p_inner + 2 + k * depth(SPEC) + L)
         before = here[0], here[1], here[2] & (here[1] * 0 < k)
         b_h = load(p_gradients[L], before, o_f, OUT)
         if SPEC.momentum:
-            b_d += tl.load(p_inner) * load(p_velocity, before, o_f, OUT)
-        if SPEC.decay:
+            momentum = tl.load(p_inner)
+            b_v = load(p_velocity, before, o_f, OUT)
+            b_d += momentum * b_v
+        if SPEC.decay and not SPEC.decoupled:
             b_d -= tl.load(p_inner + 1) * b_h
         if SPEC.momentum:
             store(p_velocity, here, o_f, b_d, OUT)
+        if SPEC.nesterov:
+            # g + momentum * v, where g is what the velocity v has more than momentum times the one before it.
+            b_d += momentum * (b_d - b_v)
+        if SPEC.decay and SPEC.decoupled:
+            b_d -= tl.load(p_inner + 1) * b_h
         store(p_gradients[L], here, o_f, b_h + rate * b_d, OUT)
     else:
         store(p_gradients[L], now, o_f, b_d, OUT)

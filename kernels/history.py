@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .products import dot
-from .spec import depth, first_adapted, samples
+from .spec import collapses, depth, samples
 
 
 @triton.constexpr_function
@@ -64,7 +64,7 @@ def history(p_past, first, later, k, K, L: tl.constexpr, SPEC: tl.constexpr):
 
     p_past: c [K + 1, layers, K].  first, later: as `places` gives them.
     """
-    if first_adapted(SPEC) == L:
+    if collapses(SPEC, L):
         rows, m_pairs, i_step = first
         b_step = i_step * 0.0 + 1.0
     else:

@@ -168,6 +168,12 @@ def first_adapted(SPEC):
 
 
 @triton.constexpr_function
+def collapses(SPEC, layer):
+    """Whether a layer has the same input at every step, so that its history in the dual form is one matrix."""
+    return not SPEC.each_step and first_adapted(SPEC) == layer
+
+
+@triton.constexpr_function
 def features(SPEC, width):
     """Of those that the dual kernels compute, as many as they compute at a time."""
     return min(SPEC.features, max(16, padded(width)))

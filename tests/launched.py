@@ -48,6 +48,21 @@ def call(engine: str, everything: bool) -> None:
             meta.predict(x, y, q, support_weight=support_weight).sum().backward()
 
 
+def call_dual_with_rules(engine: str) -> None:
+    """The rules that change what the dual kernels are compiled for, or what they are launched with."""
+    x, q = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Linear(16, 16))
+    options: dict[str, Any] = {"steps": 2, "momentum": 0.9, "nesterov": True}
+    options |= {"weight_decay": 0.01, "decoupled_weight_decay": True, "backend": "triton", "precision": "tf32"}
+    passes: dict[str, Any] = {"step_weights": (0.5, 0.5)}
+    passes |= {"learn_lr": "layer_step"} if engine == "dual" else {"max_grad_norm": 1.0}
+    forms = ("dual", "dual", "dual:1") if engine == "layered" else None
+    with ff.override(engine=engine, forms=forms):
+        ff.FOMAML(model, **options, **passes)(x, x, q, q).backward()
+        ff.FOMAML(model, **options, outer="reptile")(x, x).backward()
+        ff.FOMAML(model, **options)(*(t[:, None].expand(-1, 2, -1, -1) for t in (x, x)), q, q).backward()
+
+
 def call_with_rules() -> None:
     """What launches the resident kernels under the rules of inner and outer loops."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -96,6 +111,8 @@ def main() -> None:
             for engine in ("resident", "dual", "layered"):
                 call(engine, everything=False)
                 call(engine, everything=True)
+                if engine != "resident":
+                    call_dual_with_rules(engine)
             call_with_rules()
         different = {launch.key: launch for launch in launches}.values()
         launched[target] = [described(launch) for launch in different]

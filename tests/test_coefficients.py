@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomaml_fused.engines.coefficients import coefficients
+from fomaml_fused.engines.coefficients import coefficients, tensor_coefficients
 
 S, Q, IN, OUT = 4, 3, 6, 5
 
@@ -57,6 +57,23 @@ def test_the_direction_is_the_velocity_of_plain_momentum() -> None:
     found = coefficients((0.1, 0.2, 0.3), 0.9, 0.1)
     assert found.direction_shared == found.velocity_shared
     assert found.direction_history == found.velocity_history
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize(("weight_decay", "decoupled"), [(0.0, False), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("layers", [((0.1, 0.2, 0.0, 0.3), (0.3, 0.0, 0.1, 0.1)), ((0.5,),), ((), ())])
+def test_coefficients_of_rates_in_a_tensor_are_those_of_numbers(
+    layers: tuple[tuple[float, ...], ...], momentum: float, nesterov: bool, weight_decay: float, decoupled: bool
+) -> None:
+    rates = torch.tensor(layers, dtype=torch.float64).T
+    found = tensor_coefficients(rates, momentum, weight_decay, nesterov, decoupled)
+    for i, layer in enumerate(layers):
+        expected = coefficients(layer, momentum, weight_decay, nesterov, decoupled)
+        for name in ("shared", "velocity_shared", "direction_shared"):
+            torch.testing.assert_close(getattr(found, name)[:, i].tolist(), list(getattr(expected, name)))
+        for name in ("history", "velocity_history", "direction_history"):
+            rows = [list(row) + [0.0] * (len(layer) - len(row)) for row in getattr(expected, name)]
+            torch.testing.assert_close(getattr(found, name)[:, i].tolist(), rows)
 
 
 def test_plain_sgd_settles() -> None:

@@ -1,9 +1,10 @@
-"""The host-side recurrences that make the dual form exact under momentum and weight decay (docs/math.md)."""
+"""The recurrences that make the dual form exact under momentum and weight decay (docs/math.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,22 @@ class Coefficients:
         return all(row == last[: len(row)] for row in self.history) and set(self.shared) == {1.0}
 
 
+class TensorCoefficients(NamedTuple):
+    """`Coefficients` of all layers side by side, 0 for steps yet to come.
+
+    Attributes:
+        shared, velocity_shared, direction_shared: [K + 1, layers].
+        history, velocity_history, direction_history: [K + 1, layers, K].
+    """
+
+    shared: Tensor
+    history: Tensor
+    velocity_shared: Tensor
+    velocity_history: Tensor
+    direction_shared: Tensor
+    direction_history: Tensor
+
+
 @lru_cache(maxsize=1024)
 def coefficients(
     rates: tuple[float, ...], momentum: float, weight_decay: float, nesterov: bool = False, decoupled: bool = False
@@ -67,6 +84,26 @@ def coefficients(
     return Coefficients(*zip(*rows, strict=True))
 
 
+def tensor_coefficients(
+    rates: Tensor, momentum: float, weight_decay: float, nesterov: bool = False, decoupled: bool = False
+) -> TensorCoefficients:
+    """`coefficients` of rates [K, layers] in a tensor, whose values nothing on the host waits for."""
+    steps, layers = rates.shape
+    coupled, apart = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    s, vs, us = rates.new_ones(layers), rates.new_zeros(layers), rates.new_zeros(layers)
+    c, vc, uc = rates.new_zeros(3, layers, steps)
+    own = torch.eye(steps, dtype=rates.dtype, device=rates.device)
+    rows = [(s, c, vs, vc, us, uc)]
+    for k in range(steps):
+        gs, gc = coupled * s, own[k] - coupled * c
+        vs, vc = momentum * vs + gs, momentum * vc + gc
+        us, uc = (gs + momentum * vs, gc + momentum * vc) if nesterov else (vs, vc)
+        us, uc = us + apart * s, uc - apart * c
+        s, c = s - rates[k] * us, c + rates[k, :, None] * uc
+        rows.append((s, c, vs, vc, us, uc))
+    return TensorCoefficients(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
 @dataclass(frozen=True)
 class LearnedCoefficients:
     """As `Coefficients`, of one layer whose rates are tensors.
@@ -87,27 +124,14 @@ class LearnedCoefficients:
 def learned_coefficients(
     rates: Tensor, momentum: float, weight_decay: float, nesterov: bool = False, decoupled: bool = False
 ) -> list[LearnedCoefficients]:
-    """The coefficients of each layer, by the recurrences of `coefficients`, from rates [K, layers] that stay unread."""
-    coupled, apart = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
-    steps, depth = rates.shape
-    s, vs, us = rates.new_ones(depth), rates.new_zeros(depth), rates.new_zeros(depth)
-    c, vc, uc = rates.new_zeros(3, depth, steps)
-    own = torch.eye(steps, dtype=rates.dtype, device=rates.device)
-    rows = [(s, c, us, uc)]
-    for k in range(steps):
-        gs, gc = coupled * s, own[k] - coupled * c
-        vs, vc = momentum * vs + gs, momentum * vc + gc
-        us, uc = (gs + momentum * vs, gc + momentum * vc) if nesterov else (vs, vc)
-        us, uc = us + apart * s, uc - apart * c
-        s, c = s - rates[k] * us, c + rates[k, :, None] * uc
-        rows.append((s, c, us, uc))
-    shared, history, direction_shared, direction_history = (torch.stack(row, 1) for row in zip(*rows, strict=True))
+    """The `tensor_coefficients` of each layer, from rates [K, layers]."""
+    of = tensor_coefficients(rates, momentum, weight_decay, nesterov, decoupled)
     return [
         LearnedCoefficients(
-            shared[i].unbind() if weight_decay else (1.0,) * (steps + 1),
-            history[i],
-            direction_shared[i],
-            direction_history[i],
+            of.shared[:, i].unbind() if weight_decay else (1.0,) * len(of.shared),
+            of.history[:, i],
+            of.direction_shared[:, i],
+            of.direction_history[:, i],
         )
-        for i in range(depth)
+        for i in range(rates.shape[1])
     ]

@@ -134,9 +134,11 @@ def compiled_for(problem: Problem, precision: str) -> dict[str, Any]:
         "adapts": tuple(bool(parts) and inner.steps > 0 for parts in inner.adapt),
         "loss": _loss(problem.loss),
         "outer_loss": _loss(problem.outer_loss),
-        # The first step has no velocity yet, so one step has no momentum.
-        "momentum": inner.momentum > 0.0 and inner.steps > 1,
+        # The first step has no velocity yet, so one step has no momentum, but Nesterov's, which looks ahead.
+        "momentum": inner.momentum > 0.0 and (inner.steps > 1 or inner.nesterov),
+        "nesterov": inner.nesterov,
         "decay": inner.weight_decay > 0.0,
+        "decoupled": inner.decoupled and inner.weight_decay > 0.0,
         "precision": precision,
     }
 

@@ -1,0 +1,326 @@
+"""The rules of inner and outer loop on the dual engines, against the oracle: value, features and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fomaml_fused as ff
+
+from .cases import Case, Solution, assert_no_worse_than_twice, cases, relative_error
+from .kernel_contract import INTERPRETED, watched
+
+pytest.importorskip("triton")
+
+from fomaml_fused.kernels.configuration import DualConfig
+
+__all__ = ["watched"]
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+
+ENGINES = pytest.mark.parametrize("engine", ["dual", "layered"])
+WHOLE = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+DECOUPLED = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+RULES: list[dict[str, Any]] = [
+    {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.9, "nesterov": True, "steps": 1},
+    {**WHOLE, "lr": [[0.1], [0.05], [0.2]]},
+    {**WHOLE, **DECOUPLED, "adapt": [0, 2]},
+    {**DECOUPLED, "bias": False},
+    {**DECOUPLED, "momentum": 0.5},
+    {"outer": "reptile"},
+    {"outer": "reptile", **WHOLE, "weighted": True},
+    {"outer": "reptile", **DECOUPLED, "bias": False, "lr": [0.1, 0.0, 0.2]},
+    {"outer": "reptile", "adapt": [1, 2], "weighted": True, "reduction": "sum"},
+    {"outer": "reptile", "adapt": []},
+    {"outer": "reptile", "steps": 0},
+    {"outer": "reptile", "nonfinite": "skip", "weighted": True},
+    {"step_weights": (0.25, 0.0, 0.75)},
+    {"step_weights": (0.5, 0.5, 0.0), **WHOLE, "weighted": True, "loss": "cross_entropy"},
+    {"step_weights": (0.5, 1.0, 1.0), "adapt": [1], "weight_decay": 0.1, "nonfinite": "skip"},
+    {"step_weights": (0.5, 0.2, 0.3), "adapt": []},
+    {"max_grad_norm": 0.3},
+    {"max_grad_norm": 0.3, **WHOLE, "weighted": True, "bias": False},
+    {"max_grad_norm": 0.3, "momentum": 0.9, "adapt": [1, 2], "outer": "reptile"},
+    {"max_grad_norm": 0.3, "step_weights": (0.5, 0.2, 0.3), "loss": "callable"},
+    {"nonfinite": "skip"},
+    {"nonfinite": "skip", "weighted": True, "reduction": "sum", "steps": 0},
+    {"learn_lr": "global", **WHOLE, "weighted": True},
+    {"learn_lr": "step", **WHOLE, **DECOUPLED, "bias": False, "adapt": [0, 2]},
+    {"learn_lr": "layer", "momentum": 0.5, "weight_decay": 0.1, "step_weights": (0.5, 0.2, 0.3), "adapt": [1, 2]},
+    {"learn_lr": "layer_step", "step_weights": (0.5, 0.0, 0.3), "nonfinite": "skip", "loss": "cross_entropy"},
+    {"learn_lr": "layer_step", "max_grad_norm": 0.3, "weight_decay": 0.1},
+    {"each_step": True, **WHOLE, "weighted": True, "loss": "cross_entropy"},
+    {"each_step": True, **DECOUPLED, "adapt": [1, 2], "step_weights": (0.5, 0.2, 0.3), "learn_lr": "layer_step"},
+    {"each_step": True, "outer": "reptile", "weight_decay": 0.1, "nonfinite": "skip"},
+    {"each_step": True, "max_grad_norm": 0.3, "momentum": 0.9, "loss": "callable", "weighted": True},
+    {"each_step": True, "adapt": [2], "steps": 1},
+    {"each_step": True, "steps": 0},
+]
+FOLDS: list[dict[str, Any]] = [
+    {**WHOLE, "forms": ("dual", "dual:2", "dual:1")},
+    {**WHOLE, **DECOUPLED, "bias": False, "forms": ("dual", "dual:1", "dual:2")},
+    {**DECOUPLED, "forms": ("dual", "dual:1", "dual:2")},
+    {"outer": "reptile", **WHOLE, "weighted": True, "forms": ("dual", "dual:3", "dual:1")},
+    {"outer": "reptile", "nonfinite": "skip", "bias": False, "forms": ("dual", "dual", "dual:2")},
+    {"step_weights": (0.5, 0.2, 0.3), "momentum": 0.9, "forms": ("dual", "dual:2", "dual:1")},
+    {"step_weights": (0.5, 0.2, 0.3), "nonfinite": "skip", "forms": ("dual", "dual:3", "dual")},
+    {"max_grad_norm": 0.3, **WHOLE, "forms": ("dual", "dual:2", "dual:1")},
+    {"max_grad_norm": 0.3, "adapt": [1, 2], "forms": ("dual", "dual", "dual:2")},
+    {"each_step": True, **WHOLE, "forms": ("dual:2", "dual:1", "dual")},
+    {"each_step": True, "outer": "reptile", "adapt": [1, 2], "forms": ("dual", "dual:1", "dual:3")},
+]
+
+
+def takes(engine: str, case: Case) -> bool:
+    """Whether an engine is to take a case; where not, the planner says so."""
+    return engine == "layered" or (case.max_grad_norm is None and "callable" not in (case.loss, case.outer_loss))
+
+
+def rated_apart(solution: Solution) -> Solution:
+    """With the gradients of rates, which are few among many, as vectors of their own."""
+    return Solution({name.replace(" d/d inner_lr", " of rates"): value for name, value in solution.values.items()})
+
+
+def solution(case: Case, backend: str, dtype: torch.dtype = torch.float32, precision: str | None = None) -> Solution:
+    """The meta-loss and its gradients, by the engine that plans are to name if kernels are asked for."""
+    meta = case.meta(case.model(dtype), backend, precision=precision)
+    return rated_apart(Solution.of(meta, case, meta, dtype, per_task=False))
+
+
+def check(case: Case) -> None:
+    own = [solution(replace(case, jitter=jitter), "reference") for jitter in range(4)]
+    assert_no_worse_than_twice(solution(case, "triton"), own, solution(case, "reference", torch.float64))
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
+    """In packs of tasks, and tiles smaller than layers and sets."""
+    sizes = {"widths": (9, 33, 20, 5), "tasks": 5, "queries": 11, "steps": 3}
+    case = Case(**{"activation": "gelu", **sizes, **rule})
+    with ff.override(engine=engine, config=DualConfig(4, 16, tasks=3, features=16, contracted=16)):
+        if takes(engine, case):
+            check(case)
+        else:
+            with pytest.raises(ValueError, match=r"'dual'.*(max_grad_norm takes|loss is a callable)"):
+                solution(case, "triton")
+
+
+@pytest.mark.parametrize("rule", FOLDS, ids=str)
+def test_every_rule_where_layers_fold(rule: dict[str, Any]) -> None:
+    case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **rule})
+    with ff.override(engine="layered", forms=case.forms):
+        check(case)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {**WHOLE, "learn_lr": "layer_step"},
+        {**DECOUPLED, "learn_lr": "layer", "step_weights": (0.0, 0.2, 0.0, 0.3, 0.5), "max_grad_norm": 0.3},
+    ],
+    ids=str,
+)
+def test_rates_are_learned_where_layers_fold(rule: dict[str, Any]) -> None:
+    case = Case(widths=(3, 17, 20, 3), tasks=2, shots=20, steps=5, **rule)
+    with ff.override(engine="layered"):
+        meta = case.meta(case.model(torch.float32), "triton")
+        assert meta.plan(case.tasks, case.shots, case.queries).forms == ("dual", "dual:4", "dual:4")
+        check(case)
+
+
+@ENGINES
+def test_rates_are_learned_where_nothing_else_is(engine: str) -> None:
+    case = Case(widths=(3, 17, 5, 3), steps=3, weight_decay=0.1, learn_lr="layer_step", adapt=[0, 2])
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    with ff.override(engine=engine):
+        (expected,) = torch.autograd.grad(meta(**batch), list(meta.inner_lr.parameters()))
+        meta.model.requires_grad_(False)
+        (found,) = torch.autograd.grad(meta(**batch), list(meta.inner_lr.parameters()))
+    assert expected.any()
+    assert torch.equal(found, expected)
+
+
+@st.composite
+def ruled(draw: st.DrawFn) -> Case:
+    """Random problems with rules drawn together."""
+    case = draw(cases())
+    outer = draw(st.sampled_from(["fomaml", "fomaml", "reptile"]))
+    weights = draw(st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=case.steps, max_size=case.steps))
+    counts = outer == "fomaml" and case.steps > 0
+    learns = counts and case.adapt != [] and (case.adapt != "body" or len(case.widths) > 2)
+    learn_lr = draw(st.sampled_from([None, "global", "step", "layer", "layer_step"])) if learns else None
+    momentum = draw(st.sampled_from([0.0, 0.9]))
+    return replace(
+        case,
+        lr=0.1 if learn_lr else case.lr,
+        learn_lr=learn_lr,
+        momentum=momentum,
+        nesterov=momentum > 0.0 and draw(st.booleans()),
+        decoupled_weight_decay=draw(st.booleans()),
+        max_grad_norm=draw(st.sampled_from([None, None, 0.3])),
+        outer=outer,
+        step_weights=tuple(weights) if counts and any(weights) else None,
+        nonfinite=draw(st.sampled_from(["propagate", "skip"])),
+        each_step=draw(st.booleans()),
+    )
+
+
+@ENGINES
+@given(case=ruled(), tasks=st.integers(1, 3))
+@settings(max_examples=20)
+def test_rules_drawn_together(engine: str, case: Case, tasks: int) -> None:
+    fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
+    if fits and takes(engine, case):
+        with ff.override(engine=engine, config=DualConfig(4, 16, tasks, 16, 16)):
+            check(case)
+
+
+@ENGINES
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_hold_what_rules_add(engine: str, precision: str) -> None:
+    """Reptile's parts of many tasks, small rates in them, are less than fp16 holds; what is summed is not."""
+    case = Case(widths=(3, 17, 20), outer="reptile", tasks=75, shots=2, lr=1e-4, weighted=True)
+    with ff.override(engine=engine):
+        found = solution(case, "triton", precision=precision).vectors()
+    exact = solution(case, "reference", torch.float64).vectors()
+    for name, value in found.items():
+        assert relative_error(value, exact[name]) < 2e-2
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"weighted": True, "reduction": "sum"},
+        {"step_weights": (0.5, 0.25, 0.25, 0.0), "learn_lr": "step"},
+        {"outer": "reptile", "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_diverged_tasks_are_left_out(engine: str, rule: dict[str, Any]) -> None:
+    """What is left is what a batch without them gives."""
+    case = Case(**{"tasks": 6, "activation": "relu", "steps": 4, "lr": 1.0, "nonfinite": "skip", **rule})
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    batch["support_y"][[1, 4]] = 1e30
+    keep = [0, 2, 3, 5]
+    with ff.override(engine=engine, config=DualConfig(4, 16, tasks=3)):
+        found = solved(meta, batch, case.reduction)
+        assert meta.skipped is not None
+        weight = batch.get("task_weight")
+        assert float(meta.skipped) == pytest.approx(2.0 if weight is None else float(weight[[1, 4]].sum()))
+        expected = solved(meta, {name: t[keep] for name, t in batch.items()}, case.reduction)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name == "query_x":
+            assert not value[[1, 4]].any()
+            value = value[keep]
+        assert relative_error(value, expected[name]) < 1e-6, name
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", [{}, {"step_weights": (0.5, 0.5)}, {"outer": "reptile"}], ids=str)
+def test_with_every_task_diverged_nothing_is_left(engine: str, rule: dict[str, Any]) -> None:
+    case = Case(tasks=2, activation="relu", lr=1.0, nonfinite="skip", **rule)
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    batch["support_y"][:] = 1e30
+    with ff.override(engine=engine):
+        found = solved(meta, batch, "sum")
+    assert not any(value.any() for value in found.values())
+
+
+def solved(meta: ff.FOMAML, batch: dict[str, Tensor], reduction: str) -> dict[str, Tensor]:
+    """The loss and every gradient by name."""
+    batch = dict(batch)
+    inputs: dict[str, Tensor] = dict(meta.named_parameters())
+    if "query_x" in batch:
+        inputs["query_x"] = batch["query_x"] = batch["query_x"].clone().requires_grad_()
+    value = meta(**batch, reduction=reduction)
+    return {"value": value} | dict(zip(inputs, torch.autograd.grad(value, list(inputs.values())), strict=True))
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "rule",
+    [
+        WHOLE,
+        {**WHOLE, **DECOUPLED, "adapt": [0, 2], "bias": False, "learn_lr": "layer"},
+        {"outer": "reptile", "momentum": 0.9},
+        {"step_weights": (0.5, 0.2, 0.3), "learn_lr": "layer_step"},
+        {"max_grad_norm": 0.3, "weight_decay": 0.1, "learn_lr": "step"},
+        {"each_step": True, "learn_lr": "layer", "momentum": 0.9, "adapt": [1, 2]},
+    ],
+    ids=str,
+)
+def test_adapted_tasks(engine: str, rule: dict[str, Any]) -> None:
+    """Outputs with their gradients, rates included, and fast weights: those of the last step."""
+    case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **rule})
+    if not takes(engine, case):
+        pytest.skip("refused")
+    own = [predicted(replace(case, jitter=jitter), "reference", torch.float32) for jitter in range(4)]
+    with ff.override(engine=engine):
+        found = predicted(case, "triton", torch.float32)
+    assert_no_worse_than_twice(found, own, predicted(case, "reference", torch.float64))
+
+
+def predicted(case: Case, backend: str, dtype: torch.dtype) -> Solution:
+    meta = case.meta(case.model(dtype), backend)
+    batch = replace(case, outer="fomaml").batch(dtype)
+    outputs = meta.predict(batch["support_x"], batch["support_y"], batch["query_x"])
+    inputs = {"query_x": batch["query_x"], **dict(meta.named_parameters())}
+    found = torch.autograd.grad(outputs, list(inputs.values()), directions(outputs))
+    gradients = {f"outputs d/d {name}": g for name, g in zip(inputs, found, strict=True)}
+    fast = meta.adapt(batch["support_x"], batch["support_y"]).weights()
+    return rated_apart(Solution({"outputs": outputs.detach()} | gradients | {f"fast {n}": w for n, w in fast.items()}))
+
+
+def directions(outputs: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.dtype)
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"step_weights": (0.5, 0.5)}, {"nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("nothing", ["tasks", "queries"])
+def test_no_task_and_no_query(engine: str, rule: dict[str, Any], nothing: str) -> None:
+    case = Case(**{nothing: 0, **rule})
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    with ff.override(engine=engine):
+        found = solved(meta, batch, "mean")
+    lacking = case.outer == "fomaml" or case.tasks == 0
+    assert found.pop("value").isnan() == lacking
+    assert not (lacking and any(gradient.any() for gradient in found.values()))
+
+
+@pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"max_grad_norm": 0.3, "learn_lr": "step"}, WHOLE], ids=str)
+def test_rules_repeat_bit_by_bit(rule: dict[str, Any]) -> None:
+    case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=11, **rule)
+    with ff.override(engine="layered"):
+        first, second = (solution(case, "triton").values for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ({"optimizer": "adam"}, "Adam takes"),
+        ({"max_grad_value": 0.1}, "max_grad_value takes"),
+        ({"learn_lr": "element"}, "rates of elements take"),
+    ],
+    ids=str,
+)
+def test_what_is_not_taken_is_named(engine: str, rule: dict[str, Any], reason: str) -> None:
+    with ff.override(engine=engine), pytest.raises(ValueError, match=f"engine is '{engine}'.*{reason}"):
+        solution(Case(**rule), "triton")
