@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .batch import Query, Support, compute_dtype
-from .engines import FlatParameters, Gradients, batched, listed
+from .engines import FlatParameters, Gradients, batched
 from .plans import Plan
 
 
@@ -94,8 +94,7 @@ class AdaptedTasks:
     @torch.no_grad()
     def fast_weights(self, chunk: int, tasks: slice) -> FlatParameters:
         """The adapted parameters [t, *shape], as engines list them, for some tasks of a chunk."""
-        weights: Any = self.engine.fast_weights(self.adapted(chunk), tasks)
-        found: FlatParameters = weights if self.plan.engine == "batched" else listed(weights)
+        found: FlatParameters = self.engine.fast_weights(self.adapted(chunk), tasks)
         return found
 
     @torch.no_grad()

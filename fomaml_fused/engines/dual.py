@@ -17,7 +17,7 @@ from ..batch import Query, Support, cast_targets
 from ..inner import PARTS
 from ..kernels.configuration import DualConfig
 from ..problem import Loss, Problem
-from . import FlatParameters, Gradients, Outcome, Planned
+from . import FlatParameters, Gradients, Outcome, Planned, listed
 from .dual_history import clip, collapse, displacement, distances, fold, rate_gradients, weights_after
 from .dual_launches import (
     Adapted,
@@ -109,8 +109,8 @@ def query_backward(
     return samples.dx, gradients
 
 
-def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
-    """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
+def fast_weights(adapted: Adapted, tasks: slice) -> Gradients:
+    """The parameters of each layer after the last step, as of `batched.fast_weights`."""
     count = tasks.stop - tasks.start
     layers: list[tuple[Tensor, Tensor | None]] = []
     for i, (weight, bias) in enumerate(zip(adapted.weights, adapted.biases, strict=True)):
@@ -122,7 +122,7 @@ def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | 
         else:
             fast = weight.float().expand(count, -1, -1)
             layers.append((fast, None if bias is None else bias.float().expand(count, -1)))
-    return layers
+    return listed(layers)
 
 
 def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, every: bool) -> Iterator[Adapted]:

@@ -16,7 +16,7 @@ from ..kernels import resident
 from ..kernels.configuration import Config
 from ..kernels.spec import Spec, gradients_length
 from ..problem import Problem
-from . import FlatParameters, Gradients, Outcome, Planned, rates_of
+from . import FlatParameters, Gradients, Outcome, Planned, listed, rates_of
 from .launching import (
     compiled_for,
     inner_numbers,
@@ -181,9 +181,9 @@ def query_backward(
     return dx, _split(spec, gradient, needed)
 
 
-def fast_weights(adapted: Adapted, tasks: slice) -> list[tuple[Tensor, Tensor | None]]:
-    """Weights [t, out, in] and biases [t, out] of each layer after the last step."""
-    return layers(adapted.spec, adapted.weights[tasks])
+def fast_weights(adapted: Adapted, tasks: slice) -> Gradients:
+    """The parameters of each layer after the last step, as of `batched.fast_weights`."""
+    return listed(layers(adapted.spec, adapted.weights[tasks]))
 
 
 def _spec(plan: Planned, support: Support, queries: int) -> Spec:
