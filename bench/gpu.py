@@ -240,7 +240,7 @@ def kernel_tests(dry_run: bool, timeout: float) -> Row:
     command = [sys.executable, "-m", "pytest", *KERNEL_TESTS, f"--kernels={where}", "-v"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     if dry_run:
-        command += ["-k", "test_results_repeat and resident"]
+        command += ["-k", "test_results_repeat and TestResident"]
     elif find_spec("xdist") is not None:
         command += ["-n", "4", "--dist=worksteal"]
     if timeout < 5:
