@@ -54,8 +54,11 @@ class Outer:
     pending: list[float] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=lambda: {"error": math.inf, "iteration": 0, "model": None})
 
-    def run(self, iterations: int, checkpoint: Path | None, title: str = "meta-training") -> None:
+    def run(self, iterations: int, checkpoint: Path | None, title: str | None = "meta-training") -> None:
         """Train up to `iterations` iterations in all, then load the best model on the way.
+
+        Args:
+            title: in front of the progress bar; None for no bar.
 
         Raises:
             InterruptedRunError: SIGINT or SIGTERM came; the iteration in hand was finished and saved.
@@ -63,9 +66,12 @@ class Outer:
         from tqdm import tqdm
 
         pause = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two looks at the bar
+        done = self.iteration
         with (
             _asked_to_stop() as asked,
-            tqdm(total=iterations, initial=self.iteration, desc=title, unit="it", mininterval=pause) as bar,
+            tqdm(
+                total=iterations, initial=done, desc=title, unit="it", mininterval=pause, disable=title is None
+            ) as bar,
         ):
             while self.iteration < iterations:
                 if self.anneal:

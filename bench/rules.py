@@ -1,0 +1,217 @@
+"""What the rules of the family come to under the same budget: error on sine, accuracy on digits, after each inner step.
+
+python -m bench.rules [--save bench/results/rules.json] [--figure docs/rules.png] [--workers 2] [--quick]
+
+Every rule trains the same network on the same tasks for as many outer iterations, with Adam as outer optimiser at one
+rate. Only the inner rate is a rule's own, from a grid: the best after all inner steps, by a seed and validation tasks
+that nothing else uses. Learned rates start from it. Then come the seeds, and the tasks, that are reported. Runs go side
+by side, one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fomaml_fused.tasks import Sinusoids
+from fomaml_fused.train import digits, sine
+from fomaml_fused.train.files import save_figure, save_json
+from fomaml_fused.train.rules import ANNEALED
+
+from .test_workloads import environment
+
+# What each rule sets beside what all share.
+RULES: dict[str, dict[str, Any]] = {
+    "FOMAML": {},
+    "ANIL": {"adapt": "head"},
+    "Reptile": {"outer": "reptile"},
+    "multi-step loss": {"step_weights": "annealed"},
+    "rates by layer and step": {"learn_lr": "layer_step"},
+    "Meta-SGD": {"learn_lr": "element"},
+}
+SHARED: dict[str, dict[str, Any]] = {
+    "sine": {"steps": 5, "shots": 10, "tasks": 25},
+    "digits": {"steps": 5, "shots": 1, "tasks": 32},
+}
+MEASURES = {"sine": "mean squared error", "digits": "accuracy in %"}
+TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long, how often, and over which inner rates, in the order of `SHARED`."""
+
+    iterations: tuple[int, int] = (4000, 1000)
+    rates: tuple[tuple[float, ...], tuple[float, ...]] = ((0.003, 0.01, 0.03, 0.1), (0.03, 0.1, 0.3, 1.0))
+    seeds: int = 5
+    eval_tasks: int = 600
+
+
+QUICK = Budget(iterations=(3, 2), rates=((0.01, 0.03), (0.1, 0.3)), seeds=2, eval_tasks=5)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run of a rule, and its measure: on validation tasks with the tuning seed, else on held-out ones."""
+
+    tasks: str
+    rule: str
+    lr: float
+    seed: int
+    iterations: int
+    eval_tasks: int
+
+    def run(self) -> list[float]:
+        """The measure after 0 to K inner steps."""
+        own = {"lr": self.lr, "seed": self.seed, "iterations": self.iterations, "eval_tasks": self.eval_tasks}
+        options: dict[str, Any] = SHARED[self.tasks] | RULES[self.rule] | own
+        return _sine(**options) if self.tasks == "sine" else _digits(**options)
+
+
+@torch.no_grad()
+def _sine(**options: Any) -> list[float]:
+    config = sine.SineConfig(**options)
+    meta, outer = sine.prepare(config)
+    with torch.enable_grad():
+        outer.run(config.iterations, None, title=None)
+    batch = sine.held_out(config.shots, config)
+    if config.seed == TUNING_SEED:
+        batch = Sinusoids(config.shots, 100, seed=config.seed + 4).sample(config.eval_tasks)
+    return [float(config.trained(meta, steps)(*batch)) for steps in range(config.steps + 1)]
+
+
+@torch.no_grad()
+def _digits(**options: Any) -> list[float]:
+    config = digits.DigitsConfig(**options)
+    meta, outer = digits.prepare(config)
+    with torch.enable_grad():
+        outer.run(config.iterations, None, title=None)
+    batch = digits.held_out(config)
+    if config.seed == TUNING_SEED:  # of the classes that are trained on, for no others are left
+        batch = digits.sampler(config, False, config.seed + 4).sample(config.eval_tasks)
+    adapters = (config.trained(meta, steps) for steps in range(config.steps + 1))
+    return [100 * float(digits.accuracy(adapter, batch).mean()) for adapter in adapters]
+
+
+def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
+    """A row for each kind of tasks and rule."""
+    rates = dict(zip(SHARED, budget.rates, strict=True))
+    iterations = dict(zip(SHARED, budget.iterations, strict=True))
+
+    def job(tasks: str, rule: str, lr: float, seed: int) -> Job:
+        return Job(tasks, rule, lr, seed, iterations[tasks], budget.eval_tasks)
+
+    pairs = [(tasks, rule) for tasks in SHARED for rule in RULES]
+    tuning = [job(tasks, rule, lr, TUNING_SEED) for tasks, rule in pairs for lr in rates[tasks]]
+    tried: dict[tuple[str, str], dict[float, float]] = {pair: {} for pair in pairs}
+    for tried_job, found in zip(tuning, _results(tuning, workers), strict=True):
+        tried[tried_job.tasks, tried_job.rule][tried_job.lr] = found[-1]
+    best = {pair: _best(found, pair[0]) for pair, found in tried.items()}
+    jobs = [job(*pair, best[pair], seed) for pair in pairs for seed in range(budget.seeds)]
+    results = iter(_results(jobs, workers))
+    rows = []
+    for tasks, rule in pairs:
+        seeds = [next(results) for _ in range(budget.seeds)]
+        row = {"tasks": tasks, "rule": rule, "lr": best[tasks, rule], "validation": tried[tasks, rule], "seeds": seeds}
+        rows.append(row | summarize(seeds))
+    return rows
+
+
+def _results(jobs: list[Job], workers: int) -> list[list[float]]:
+    def told(results: Iterable[list[float]]) -> list[list[float]]:
+        found = []
+        for job, result in zip(jobs, results, strict=True):
+            found.append(result)
+            name = f"{job.tasks}, {job.rule}, lr {job.lr:g}, seed {job.seed}"
+            print(f"{len(found)}/{len(jobs)} {name}: {result[-1]:.3f}", flush=True)
+        return found
+
+    if workers == 1:
+        return told(map(Job.run, jobs))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        return told(pool.map(Job.run, jobs))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _best(found: dict[float, float], tasks: str) -> float:
+    """The rate with the lowest error or the highest accuracy; none that diverged."""
+    finite = {lr: value for lr, value in found.items() if math.isfinite(value)}
+    return (min if tasks == "sine" else max)(finite, key=lambda lr: finite[lr])
+
+
+def summarize(seeds: list[list[float]]) -> dict[str, list[float]]:
+    """Mean and standard error over seeds, after each step."""
+    steps = list(zip(*seeds, strict=True))
+    errors = [statistics.stdev(values) / math.sqrt(len(values)) for values in steps]
+    return {"mean": [statistics.fmean(values) for values in steps], "standard_error": errors}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Mean ± standard error after each step, as the docs quote them."""
+    digits_behind = 3 if row["tasks"] == "sine" else 1
+    return [
+        f"{mean:.{digits_behind}f} ± {error:.{digits_behind}f}"
+        for mean, error in zip(row["mean"], row["standard_error"], strict=True)
+    ]
+
+
+def render(rows: list[dict[str, Any]], tasks: str) -> str:
+    """The Markdown table of one kind of tasks."""
+    own = [row for row in rows if row["tasks"] == tasks]
+    steps = range(len(own[0]["mean"]))
+    lines = [f"| rule | inner rate | {' | '.join(f'{k} steps' if k != 1 else '1 step' for k in steps)} |"]
+    lines.append("|---" * (len(steps) + 2) + "|")
+    lines += [f"| {row['rule']} | {row['lr']:g} | {' | '.join(cells(row))} |" for row in own]
+    return "\n".join(lines)
+
+
+def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """A panel for each kind of tasks: the measure by inner steps, bars of one standard error."""
+    for axes, (tasks, measure) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
+        for row in rows:
+            if row["tasks"] == tasks:
+                steps = range(len(row["mean"]))
+                bars, style = row["standard_error"], {"marker": "o", "markersize": 3, "capsize": 2}
+                axes.errorbar(steps, row["mean"], bars, label=row["rule"], **style)
+        axes.set(xlabel="inner steps on a new task", ylabel=measure, title=tasks)
+        axes.set_xticks(list(steps))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    figure.axes[1].legend(fontsize="small")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", type=Path, help="keep the rows as JSON")
+    parser.add_argument("--figure", type=Path, help="draw them, as PNG")
+    parser.add_argument("--workers", type=int, default=2, help="training runs at a time, a process each")
+    parser.add_argument("--quick", action="store_true", help="a few iterations in one process, to see that it works")
+    options = parser.parse_args()
+    _one_thread()
+    budget, start = QUICK if options.quick else Budget(), time.perf_counter()
+    rows = compare(budget, 1 if options.quick else options.workers)
+    if options.save:
+        shared = {"budget": asdict(budget), "shared": SHARED, "rules": RULES, "annealed": ANNEALED}
+        run = {"quick": options.quick, "workers": options.workers, "seconds": time.perf_counter() - start}
+        save_json(options.save, {"environment": environment(), "run": run, **shared, "rows": rows})
+    if options.figure:
+        save_figure(options.figure, lambda figure: draw(figure, rows), (10, 4))
+    for tasks, measure in MEASURES.items():
+        print(f"\n{tasks}, {measure}:\n\n{render(rows, tasks)}")
+
+
+if __name__ == "__main__":
+    main()
