@@ -3,9 +3,9 @@
 python -m bench.rules [--save bench/results/rules.json] [--figure docs/rules.png] [--workers 2] [--quick]
 
 Every rule trains the same network on the same tasks for as many outer iterations, with Adam as outer optimiser at one
-rate. Only the inner rate is a rule's own, from a grid: the best after all inner steps, by a seed and validation tasks
-that nothing else uses. Learned rates start from it. Then come the seeds, and the tasks, that are reported. Runs go side
-by side, one thread each.
+rate. Only the inner rate is a rule's own, of `RATES`: the best after all inner steps, by a seed and validation tasks
+that nothing else uses, with both its neighbours tried. Learned rates start from it. Then come the seeds, and the tasks,
+that are reported. Runs go side by side, one thread each.
 """
 
 from __future__ import annotations
@@ -44,20 +44,24 @@ SHARED: dict[str, dict[str, Any]] = {
     "digits": {"steps": 5, "shots": 1, "tasks": 32},
 }
 MEASURES = {"sine": "mean squared error", "digits": "accuracy in %"}
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 TUNING_SEED = 100
+
+
+Pair = tuple[str, str]  # kind of tasks, rule
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long, how often, and over which inner rates, in the order of `SHARED`."""
+    """How long, how often, and the inner rate that is tried first; by tasks, in the order of `SHARED`, where two."""
 
-    iterations: tuple[int, int] = (4000, 1000)
-    rates: tuple[tuple[float, ...], tuple[float, ...]] = ((0.003, 0.01, 0.03, 0.1), (0.03, 0.1, 0.3, 1.0))
-    seeds: int = 5
+    iterations: tuple[int, int] = (3000, 600)
+    first_rate: tuple[float, float] = (0.01, 0.3)
+    seeds: int = 4
     eval_tasks: int = 600
 
 
-QUICK = Budget(iterations=(3, 2), rates=((0.01, 0.03), (0.1, 0.3)), seeds=2, eval_tasks=5)
+QUICK = Budget(iterations=(3, 2), seeds=2, eval_tasks=5)
 
 
 @dataclass(frozen=True)
@@ -105,26 +109,33 @@ def _digits(**options: Any) -> list[float]:
 
 def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
     """A row for each kind of tasks and rule."""
-    rates = dict(zip(SHARED, budget.rates, strict=True))
     iterations = dict(zip(SHARED, budget.iterations, strict=True))
 
-    def job(tasks: str, rule: str, lr: float, seed: int) -> Job:
-        return Job(tasks, rule, lr, seed, iterations[tasks], budget.eval_tasks)
+    def job(pair: Pair, lr: float, seed: int) -> Job:
+        return Job(*pair, lr, seed, iterations[pair[0]], budget.eval_tasks)
 
     pairs = [(tasks, rule) for tasks in SHARED for rule in RULES]
-    tuning = [job(tasks, rule, lr, TUNING_SEED) for tasks, rule in pairs for lr in rates[tasks]]
-    tried: dict[tuple[str, str], dict[float, float]] = {pair: {} for pair in pairs}
-    for tried_job, found in zip(tuning, _results(tuning, workers), strict=True):
-        tried[tried_job.tasks, tried_job.rule][tried_job.lr] = found[-1]
-    best = {pair: _best(found, pair[0]) for pair, found in tried.items()}
-    jobs = [job(*pair, best[pair], seed) for pair in pairs for seed in range(budget.seeds)]
-    results = iter(_results(jobs, workers))
+    best = {pair: dict(zip(SHARED, budget.first_rate, strict=True))[pair[0]] for pair in pairs}
+    tried: dict[Pair, dict[float, float]] = {pair: {} for pair in pairs}
+    while wanted := [(pair, lr) for pair in pairs for lr in _around(best[pair]) if lr not in tried[pair]]:
+        jobs = [job(pair, lr, TUNING_SEED) for pair, lr in wanted]
+        for (pair, lr), found in zip(wanted, _results(jobs, workers), strict=True):
+            tried[pair][lr] = found[-1]
+        best = {pair: _best(found, pair[0]) for pair, found in tried.items()}
+    seeds = range(budget.seeds)
+    results = iter(_results([job(pair, best[pair], seed) for pair in pairs for seed in seeds], workers))
     rows = []
-    for tasks, rule in pairs:
-        seeds = [next(results) for _ in range(budget.seeds)]
-        row = {"tasks": tasks, "rule": rule, "lr": best[tasks, rule], "validation": tried[tasks, rule], "seeds": seeds}
-        rows.append(row | summarize(seeds))
+    for pair in pairs:
+        measured = [next(results) for _ in seeds]
+        row = {"tasks": pair[0], "rule": pair[1], "lr": best[pair], "validation": dict(sorted(tried[pair].items()))}
+        rows.append(row | {"seeds": measured} | summarize(measured))
     return rows
+
+
+def _around(rate: float) -> tuple[float, ...]:
+    """A rate and its neighbours."""
+    i = RATES.index(rate)
+    return RATES[max(i - 1, 0) : i + 2]
 
 
 def _results(jobs: list[Job], workers: int) -> list[list[float]]:
@@ -147,9 +158,9 @@ def _one_thread() -> None:
 
 
 def _best(found: dict[float, float], tasks: str) -> float:
-    """The rate with the lowest error or the highest accuracy; none that diverged."""
-    finite = {lr: value for lr, value in found.items() if math.isfinite(value)}
-    return (min if tasks == "sine" else max)(finite, key=lambda lr: finite[lr])
+    """The rate with the lowest error or the highest accuracy; one that diverged only where all did."""
+    sign = 1.0 if tasks == "sine" else -1.0
+    return min(found, key=lambda lr: sign * found[lr] if math.isfinite(found[lr]) else math.inf)
 
 
 def summarize(seeds: list[list[float]]) -> dict[str, list[float]]:
@@ -204,7 +215,7 @@ def main() -> None:
     budget, start = QUICK if options.quick else Budget(), time.perf_counter()
     rows = compare(budget, 1 if options.quick else options.workers)
     if options.save:
-        shared = {"budget": asdict(budget), "shared": SHARED, "rules": RULES, "annealed": ANNEALED}
+        shared = {"budget": asdict(budget), "shared": SHARED, "rules": RULES, "rates": RATES, "annealed": ANNEALED}
         run = {"quick": options.quick, "workers": options.workers, "seconds": time.perf_counter() - start}
         save_json(options.save, {"environment": environment(), "run": run, **shared, "rows": rows})
     if options.figure:

@@ -34,11 +34,12 @@ RULES: dict[str, dict[str, Any]] = {
     "multi-step loss": {"step_weights": "uniform"},
     "skips": {"nonfinite": "skip"},
 }
-SIZES = {"steps": 3, "tasks": 5, "eval_tasks": 20}
+SIZES: dict[str, Any] = {"steps": 3, "tasks": 5, "eval_tasks": 20}
 
 
 def sine_config(rule: str, **more: Any) -> sine.SineConfig:
-    return sine.SineConfig(**{"iterations": 8, "schedule": "constant"} | SIZES | RULES[rule] | more)
+    options: dict[str, Any] = {"iterations": 8, "schedule": "constant"}
+    return sine.SineConfig(**options | SIZES | RULES[rule] | more)
 
 
 def typed(rule: str, **more: Any) -> list[str]:
