@@ -116,11 +116,11 @@ def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
 
     pairs = [(tasks, rule) for tasks in SHARED for rule in RULES]
     best = {pair: dict(zip(SHARED, budget.first_rate, strict=True))[pair[0]] for pair in pairs}
-    tried: dict[Pair, dict[float, float]] = {pair: {} for pair in pairs}
+    tried: dict[Pair, dict[float, float | None]] = {pair: {} for pair in pairs}
     while wanted := [(pair, lr) for pair in pairs for lr in _around(best[pair]) if lr not in tried[pair]]:
         jobs = [job(pair, lr, TUNING_SEED) for pair, lr in wanted]
         for (pair, lr), found in zip(wanted, _results(jobs, workers), strict=True):
-            tried[pair][lr] = found[-1]
+            tried[pair][lr] = found[-1] if math.isfinite(found[-1]) else None
         best = {pair: _best(found, pair[0]) for pair, found in tried.items()}
     seeds = range(budget.seeds)
     results = iter(_results([job(pair, best[pair], seed) for pair in pairs for seed in seeds], workers))
@@ -157,10 +157,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _best(found: dict[float, float], tasks: str) -> float:
-    """The rate with the lowest error or the highest accuracy; one that diverged only where all did."""
+def _best(found: dict[float, float | None], tasks: str) -> float:
+    """The rate with the lowest error or the highest accuracy; one that diverged, None, only where all did."""
     sign = 1.0 if tasks == "sine" else -1.0
-    return min(found, key=lambda lr: sign * found[lr] if math.isfinite(found[lr]) else math.inf)
+    worth = {lr: math.inf if value is None else sign * value for lr, value in found.items()}
+    return min(worth, key=lambda lr: worth[lr])
 
 
 def summarize(seeds: list[list[float]]) -> dict[str, list[float]]:

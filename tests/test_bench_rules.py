@@ -36,7 +36,7 @@ def test_the_quick_run_measures_every_rule(
 def assert_well_chosen(row: dict[str, Any]) -> None:
     """The inner rate is the best of those tried, and both its neighbours were."""
     sign = 1 if row["tasks"] == "sine" else -1
-    tried = {float(lr): sign * value if math.isfinite(value) else math.inf for lr, value in row["validation"].items()}
+    tried = {float(lr): math.inf if value is None else sign * value for lr, value in row["validation"].items()}
     assert tried[row["lr"]] == min(tried.values())
     i = RATES.index(row["lr"])
     assert set(RATES[max(i - 1, 0) : i + 2]) <= set(tried)

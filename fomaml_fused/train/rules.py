@@ -80,14 +80,15 @@ class Rules:
         model, loss = meta.model, meta.problem.loss.name
         if self.learn_lr is None or not steps:
             return self.untrained(model, loss, self.lr, steps)
-        if self.learn_lr == "element":
-            inner = self._inner(self.lr, steps)
-            found = FOMAML(model, **inner, loss=loss, learn_lr=self.learn_lr, positive_lr=self.positive_lr)
-            found.inner_lr.load_state_dict(meta.inner_lr.state_dict())
-            return found
-        rows = meta.inner_lr.listed()[0]
-        assert rows is not None
-        return self.untrained(model, loss, rows.detach()[torch.arange(steps).clamp(max=len(rows) - 1)], steps)
+        # Rates of elements have no steps; all others are a case of a rate for each layer and step.
+        finest = "element" if self.learn_lr == "element" else "layer_step"
+        found = FOMAML(model, **self._inner(self.lr, steps), loss=loss, learn_lr=finest)
+        rows = torch.arange(steps).clamp(max=self.steps - 1 if meta.problem.inner.learns_each_step else 0)
+        with torch.no_grad():
+            for own, rates in zip(found.inner_lr.listed(), meta.inner_lr.listed(), strict=True):
+                if own is not None and rates is not None:
+                    own.copy_(rates if finest == "element" else rates[rows])
+        return found
 
     def loss(self, meta: FOMAML, batch: TaskBatch, generator: torch.Generator, progress: float) -> Tensor:
         """What the outer loop descends, on a batch of tasks, when `progress` of the run (0 to 1) is through."""
