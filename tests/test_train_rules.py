@@ -118,7 +118,17 @@ def test_a_network_is_measured_at_its_learned_rates(rule: str) -> None:
             rates = meta.inner_lr.listed()[0]
             assert rates is not None
             longer = FOMAML(meta.model, lr=torch.cat([rates, rates[-1:]]), steps=4, loss="mse")
-            assert torch.equal(config.trained(meta, 4).predict(*batch), longer.predict(*batch))
+            torch.testing.assert_close(config.trained(meta, 4).predict(*batch), longer.predict(*batch))
+
+
+@pytest.mark.parametrize("rule", ["global rate", "rates by step", "rates of elements"])
+def test_a_network_whose_rates_diverged_is_measured_as_such(rule: str) -> None:
+    config = sine_config(rule)
+    meta, _ = sine.prepare(config)
+    with torch.no_grad():
+        for rate in meta.inner_lr.parameters():
+            rate.fill_(torch.nan)
+        assert config.trained(meta, 2)(*sine.held_out(10, config)).isnan()
 
 
 def test_reptile_gets_each_sample_of_a_task_once() -> None:
