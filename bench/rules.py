@@ -1,6 +1,7 @@
 """What the rules of the family come to under the same budget: error on sine, accuracy on digits, after each inner step.
 
 python -m bench.rules [--save bench/results/rules.json] [--figure docs/rules.png] [--workers 2] [--quick]
+                      [--rules NAME ...]
 
 Every rule trains the same network on the same tasks for as many outer iterations, with Adam as outer optimiser at one
 rate. Only the inner rate is a rule's own, of `RATES`: the best after all inner steps, by a seed and validation tasks
@@ -11,9 +12,9 @@ that are reported. Runs go side by side, one thread each.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,7 +38,9 @@ RULES: dict[str, dict[str, Any]] = {
     "Reptile": {"outer": "reptile"},
     "multi-step loss": {"step_weights": "annealed"},
     "rates by layer and step": {"learn_lr": "layer_step"},
+    "rates by layer and step, softplus": {"learn_lr": "layer_step", "positive_lr": "softplus"},
     "Meta-SGD": {"learn_lr": "element"},
+    "Meta-SGD, softplus": {"learn_lr": "element", "positive_lr": "softplus"},
 }
 SHARED: dict[str, dict[str, Any]] = {
     "sine": {"steps": 5, "shots": 10, "tasks": 25},
@@ -49,6 +52,7 @@ TUNING_SEED = 100
 
 
 Pair = tuple[str, str]  # kind of tasks, rule
+Measured = list[float | None]  # after 0 to K inner steps; None where the run diverged
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,11 @@ class Job:
     iterations: int
     eval_tasks: int
 
-    def run(self) -> list[float]:
-        """The measure after 0 to K inner steps."""
+    def run(self) -> Measured:
         own = {"lr": self.lr, "seed": self.seed, "iterations": self.iterations, "eval_tasks": self.eval_tasks}
         options: dict[str, Any] = SHARED[self.tasks] | RULES[self.rule] | own
-        return _sine(**options) if self.tasks == "sine" else _digits(**options)
+        found = _sine(**options) if self.tasks == "sine" else _digits(**options)
+        return [value if math.isfinite(value) else None for value in found]
 
 
 @torch.no_grad()
@@ -107,20 +111,20 @@ def _digits(**options: Any) -> list[float]:
     return [100 * float(digits.accuracy(adapter, batch).mean()) for adapter in adapters]
 
 
-def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
+def compare(budget: Budget, workers: int, rules: Iterable[str] = RULES) -> list[dict[str, Any]]:
     """A row for each kind of tasks and rule."""
     iterations = dict(zip(SHARED, budget.iterations, strict=True))
 
     def job(pair: Pair, lr: float, seed: int) -> Job:
         return Job(*pair, lr, seed, iterations[pair[0]], budget.eval_tasks)
 
-    pairs = [(tasks, rule) for tasks in SHARED for rule in RULES]
+    pairs = [(tasks, rule) for tasks in SHARED for rule in rules]
     best = {pair: dict(zip(SHARED, budget.first_rate, strict=True))[pair[0]] for pair in pairs}
     tried: dict[Pair, dict[float, float | None]] = {pair: {} for pair in pairs}
     while wanted := [(pair, lr) for pair in pairs for lr in _around(best[pair]) if lr not in tried[pair]]:
         jobs = [job(pair, lr, TUNING_SEED) for pair, lr in wanted]
         for (pair, lr), found in zip(wanted, _results(jobs, workers), strict=True):
-            tried[pair][lr] = found[-1] if math.isfinite(found[-1]) else None
+            tried[pair][lr] = found[-1]
         best = {pair: _best(found, pair[0]) for pair, found in tried.items()}
     seeds = range(budget.seeds)
     results = iter(_results([job(pair, best[pair], seed) for pair in pairs for seed in seeds], workers))
@@ -138,13 +142,13 @@ def _around(rate: float) -> tuple[float, ...]:
     return RATES[max(i - 1, 0) : i + 2]
 
 
-def _results(jobs: list[Job], workers: int) -> list[list[float]]:
-    def told(results: Iterable[list[float]]) -> list[list[float]]:
+def _results(jobs: list[Job], workers: int) -> list[Measured]:
+    def told(results: Iterable[Measured]) -> list[Measured]:
         found = []
         for job, result in zip(jobs, results, strict=True):
             found.append(result)
             name = f"{job.tasks}, {job.rule}, lr {job.lr:g}, seed {job.seed}"
-            print(f"{len(found)}/{len(jobs)} {name}: {result[-1]:.3f}", flush=True)
+            print(f"{len(found)}/{len(jobs)} {name}: {result[-1]}", flush=True)
         return found
 
     if workers == 1:
@@ -164,20 +168,33 @@ def _best(found: dict[float, float | None], tasks: str) -> float:
     return min(worth, key=lambda lr: worth[lr])
 
 
-def summarize(seeds: list[list[float]]) -> dict[str, list[float]]:
-    """Mean and standard error over seeds, after each step."""
-    steps = list(zip(*seeds, strict=True))
-    errors = [statistics.stdev(values) / math.sqrt(len(values)) for values in steps]
-    return {"mean": [statistics.fmean(values) for values in steps], "standard_error": errors}
+def summarize(seeds: list[Measured]) -> dict[str, Measured]:
+    """Mean and standard error over seeds, after each step; None where a seed diverged."""
+    mean: Measured = []
+    error: Measured = []
+    for values in zip(*seeds, strict=True):
+        finite = [value for value in values if value is not None]
+        whole = len(finite) == len(values)
+        mean.append(statistics.fmean(finite) if whole else None)
+        error.append(statistics.stdev(finite) / math.sqrt(len(finite)) if whole else None)
+    return {"mean": mean, "standard_error": error}
+
+
+def merged(kept: list[dict[str, Any]], renewed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows in the order of `SHARED` and `RULES`, renewed ones instead of kept ones."""
+    rows = {(row["tasks"], row["rule"]): row for row in (*kept, *renewed)}
+    return [rows[tasks, rule] for tasks in SHARED for rule in RULES if (tasks, rule) in rows]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Mean ± standard error after each step, as the docs quote them."""
+    """Mean ± standard error after each step, or how many seeds diverged, as the docs quote them."""
     digits_behind = 3 if row["tasks"] == "sine" else 1
-    return [
-        f"{mean:.{digits_behind}f} ± {error:.{digits_behind}f}"
-        for mean, error in zip(row["mean"], row["standard_error"], strict=True)
-    ]
+    found = []
+    for k, (mean, error) in enumerate(zip(row["mean"], row["standard_error"], strict=True)):
+        lost = sum(seed[k] is None for seed in row["seeds"])
+        spread = "" if lost else f"{mean:.{digits_behind}f} ± {error:.{digits_behind}f}"
+        found.append(spread or f"{lost} of {len(row['seeds'])} diverged")
+    return found
 
 
 def render(rows: list[dict[str, Any]], tasks: str) -> str:
@@ -196,8 +213,8 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["tasks"] == tasks:
                 steps = range(len(row["mean"]))
-                bars, style = row["standard_error"], {"marker": "o", "markersize": 3, "capsize": 2}
-                axes.errorbar(steps, row["mean"], bars, label=row["rule"], **style)
+                mean, bars = ([math.nan if v is None else v for v in row[name]] for name in ("mean", "standard_error"))
+                axes.errorbar(steps, mean, bars, label=row["rule"], marker="o", markersize=3, capsize=2)
         axes.set(xlabel="inner steps on a new task", ylabel=measure, title=tasks)
         axes.set_xticks(list(steps))
         axes.grid(alpha=0.3)
@@ -211,14 +228,18 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw them, as PNG")
     parser.add_argument("--workers", type=int, default=2, help="training runs at a time, a process each")
     parser.add_argument("--quick", action="store_true", help="a few iterations in one process, to see that it works")
+    parser.add_argument("--rules", nargs="+", choices=RULES, help="these alone; others stay as they are in --save")
     options = parser.parse_args()
+    if options.rules and options.save is None:
+        parser.error("--rules takes the file at --save, whose other rows stay")
     _one_thread()
-    budget, start = QUICK if options.quick else Budget(), time.perf_counter()
-    rows = compare(budget, 1 if options.quick else options.workers)
+    budget, kept = QUICK if options.quick else Budget(), []
+    if options.rules:
+        kept = json.loads(options.save.read_text())["rows"]
+    rows = merged(kept, compare(budget, 1 if options.quick else options.workers, options.rules or RULES))
     if options.save:
         shared = {"budget": asdict(budget), "shared": SHARED, "rules": RULES, "rates": RATES, "annealed": ANNEALED}
-        run = {"quick": options.quick, "workers": options.workers, "seconds": time.perf_counter() - start}
-        save_json(options.save, {"environment": environment(), "run": run, **shared, "rows": rows})
+        save_json(options.save, {"environment": environment(), "quick": options.quick, **shared, "rows": rows})
     if options.figure:
         save_figure(options.figure, lambda figure: draw(figure, rows), (10, 4))
     for tasks, measure in MEASURES.items():

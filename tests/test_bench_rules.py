@@ -1,14 +1,13 @@
 """The comparison of rules: what it runs and keeps, and that the docs quote what is stored."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.rules import MEASURES, QUICK, RATES, RULES, SHARED, TUNING_SEED, Job, cells, main, render, summarize
+from bench.rules import MEASURES, QUICK, RATES, RULES, SHARED, TUNING_SEED, Job, cells, main, merged, render, summarize
 
 ROOT = Path(__file__).parent.parent
 STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "rules.json").read_text())
@@ -52,11 +51,25 @@ def test_a_run_is_repeatable_and_rates_are_chosen_on_other_tasks(tasks: str) -> 
 
 
 def test_mean_and_standard_error_are_over_seeds() -> None:
-    assert summarize([[1.0, 5.0], [3.0, 5.0]]) == {"mean": [2.0, 5.0], "standard_error": [1.0, 0.0]}
+    seeds: list[list[float | None]] = [[1.0, 5.0, 2.0], [3.0, 5.0, None]]
+    row = {"tasks": "sine", "seeds": seeds, **summarize(seeds)}
+    assert (row["mean"], row["standard_error"]) == ([2.0, 5.0, None], [1.0, 0.0, None])
+    assert cells(row) == ["2.000 ± 1.000", "5.000 ± 0.000", "1 of 2 diverged"]
+
+
+def test_renewed_rows_take_the_place_of_kept_ones() -> None:
+    kept = [{"tasks": tasks, "rule": rule, "is": "kept"} for tasks in SHARED for rule in ("ANIL", "FOMAML")]
+    rows = merged(kept, [{"tasks": "sine", "rule": "ANIL", "is": "renewed"}])
+    assert [(row["tasks"], row["rule"], row["is"]) for row in rows] == [
+        ("sine", "FOMAML", "kept"),
+        ("sine", "ANIL", "renewed"),
+        ("digits", "FOMAML", "kept"),
+        ("digits", "ANIL", "kept"),
+    ]
 
 
 def test_the_stored_comparison_is_a_whole_one() -> None:
-    assert not STORED["run"]["quick"]
+    assert not STORED["quick"]
     assert (STORED["shared"], STORED["rules"], tuple(STORED["rates"])) == (SHARED, RULES, RATES)
     for row in STORED["rows"]:
         assert summarize(row["seeds"]) == {name: row[name] for name in ("mean", "standard_error")}
