@@ -1,6 +1,7 @@
 """The comparison of rules: what it runs and keeps, and that the docs quote what is stored."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
