@@ -44,7 +44,7 @@ def assert_well_chosen(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tasks", SHARED)
 def test_a_run_is_repeatable_and_rates_are_chosen_on_other_tasks(tasks: str) -> None:
-    def run(seed: int) -> list[float]:
+    def run(seed: int) -> list[float | None]:
         return Job(tasks, "FOMAML", 0.01, seed, 2, 5).run()
 
     assert run(0) == run(0) != run(1)

@@ -152,8 +152,8 @@ class RunConfig(Rules):
 def dealt(batch: TaskBatch, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """All samples of each task, support and query, dealt out at random to its inner steps, as Reptile takes them.
 
-    With the same samples at every step it would learn no more than joint training does, and the rule has no query set
-    (Nichol et al. 2018, sections 5 and 6.3).
+    Steps that see different samples are what makes these generalise to one another, and the rule has no query set
+    (Nichol et al. 2018, sections 5.1 and 6.3).
 
     Returns:
         x [T, K, N, in] and y [T, K, N] or [T, K, N, out], N the number of samples that each step gets.
