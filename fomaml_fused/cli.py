@@ -22,6 +22,7 @@ from .problem import LOSSES
 from .text import table
 from .train import digits, sine
 from .train.loop import InterruptedRunError, require_demo_packages
+from .train.rules import Rules, described
 from .version import __version__
 
 RUNS: dict[str, tuple[type[Any], Callable[..., str], str]] = {
@@ -53,9 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="meta-train on real tasks").add_subparsers(required=True, metavar="TASKS")
     for name, (config, _, description) in RUNS.items():
         run = train.add_parser(name, help=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for option in fields(config):
-            flag = f"--{option.name.replace('_', '-')}"
-            run.add_argument(flag, type=type(option.default), default=option.default, **option.metadata)
+        rules = run.add_argument_group("rules of the inner and outer loop")
+        for option, default, told in described(config):
+            group = rules if option in {rule.name for rule in fields(Rules)} else run
+            kind: dict[str, Any] = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
+            group.add_argument(f"--{option.replace('_', '-')}", default=default, **{**kind, **told})
         run.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for everything written")
         run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
         run.set_defaults(command=_train, name=name)
@@ -82,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(name: str, out: Path, resume: bool, **options: Any) -> int:
     require_demo_packages()
     for option, value in options.items():
-        if isinstance(value, int) and option != "seed" and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and option != "seed" and value < 1:
             raise ValueError(f"{option} is {value}; it takes at least 1")
     config, run, _ = RUNS[name]
     print(run(config(**options), out, resume=resume))

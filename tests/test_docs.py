@@ -10,13 +10,24 @@ from bench.report import render
 ROOT = Path(__file__).parent.parent
 
 
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
 def test_the_readme_runs_as_it_stands() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    program = "\n".join(block for block in blocks if "l2l" not in block).replace("range(1000)", "range(3)")
+    program = "\n".join(block for block in blocks("README.md") if "l2l" not in block).replace("range(1000)", "range(3)")
     assert "meta.plan" in program
     space: dict[str, object] = {}
     exec(compile(program, "README.md", "exec"), space)
     assert float(space["loss"].detach()) > 0  # type: ignore[attr-defined]
+
+
+def test_every_block_of_the_rules_runs_as_it_stands() -> None:
+    space: dict[str, object] = {}
+    for i, block in enumerate(blocks("docs/rules.md")):
+        exec(compile(block, f"docs/rules.md, block {i}", "exec"), space)
+        if "loss" in space and "nonfinite" not in block:
+            assert space["loss"].isfinite()  # type: ignore[attr-defined]
 
 
 def test_the_table_of_figures_is_the_stored_one() -> None:

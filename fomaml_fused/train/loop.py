@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..module import FOMAML
 from .files import load_checkpoint, save_checkpoint
 
 WINDOW = 100  # iterations whose losses are averaged into one point of the learning curve
@@ -37,6 +38,7 @@ class Outer:
         validate: the error of the model as it stands on tasks of its own; None for no choice among iterations.
         anneal: let the outer learning rate fall to zero along a half cosine; else it stays.
         curve: mean loss of each `WINDOW` iterations, filled while training.
+        skipped: diverged tasks that were left out of the loss, counted while training.
     """
 
     model: nn.Module
@@ -47,12 +49,16 @@ class Outer:
     validate: Callable[[], float] | None = None
     anneal: bool = False
     iteration: int = 0
+    skipped: int = 0
     curve: list[float] = field(default_factory=list)
     pending: list[float] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=lambda: {"error": math.inf, "iteration": 0, "model": None})
 
-    def run(self, iterations: int, checkpoint: Path | None, title: str = "meta-training") -> None:
+    def run(self, iterations: int, checkpoint: Path | None, title: str | None = "meta-training") -> None:
         """Train up to `iterations` iterations in all, then load the best model on the way.
+
+        Args:
+            title: in front of the progress bar; None for no bar.
 
         Raises:
             InterruptedRunError: SIGINT or SIGTERM came; the iteration in hand was finished and saved.
@@ -60,9 +66,12 @@ class Outer:
         from tqdm import tqdm
 
         pause = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two looks at the bar
+        done = self.iteration
         with (
             _asked_to_stop() as asked,
-            tqdm(total=iterations, initial=self.iteration, desc=title, unit="it", mininterval=pause) as bar,
+            tqdm(
+                total=iterations, initial=done, desc=title, unit="it", mininterval=pause, disable=title is None
+            ) as bar,
         ):
             while self.iteration < iterations:
                 if self.anneal:
@@ -101,6 +110,8 @@ class Outer:
         self.optimizer.step()
         self.iteration += 1
         self.pending.append(loss.item())
+        if isinstance(self.model, FOMAML) and self.model.skipped is not None:
+            self.skipped += int(self.model.skipped)
         if len(self.pending) == WINDOW:
             self.curve.append(sum(self.pending) / WINDOW)
             self.pending.clear()
@@ -115,6 +126,7 @@ class Outer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "generators": [generator.get_state() for generator in self.generators],
+                "skipped": self.skipped,
                 "curve": self.curve,
                 "pending": self.pending,
                 "best": self.best,
@@ -139,8 +151,8 @@ class Outer:
         self.optimizer.load_state_dict(state["optimizer"])
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
-        self.iteration, self.curve, self.pending = state["iteration"], state["curve"], state["pending"]
-        self.best = state["best"]
+        self.iteration, self.skipped, self.best = state["iteration"], state["skipped"], state["best"]
+        self.curve, self.pending = state["curve"], state["pending"]
 
 
 def require_demo_packages() -> None:

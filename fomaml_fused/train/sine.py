@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..module import FOMAML
-from ..tasks import Sinusoids, sinusoid
+from ..tasks import Sinusoids, TaskBatch, sinusoid
 from ..text import table
 from .files import save_figure, save_json
 from .loop import WINDOW, Outer
+from .rules import RunConfig, option
 
 SHOTS = (5, 10, 20)
 STEPS = (0, 1, 5, 10)
@@ -23,8 +26,8 @@ STEPS = (0, 1, 5, 10)
 FINE_TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
-@dataclass(frozen=True)
-class SineConfig:
+@dataclass(frozen=True, kw_only=True)
+class SineConfig(RunConfig):
     """Options of the run; the defaults are the paper's, but for the schedule.
 
     The paper keeps Adam's rate, which `schedule="constant"` does. First-order training at that rate may jump to a worse
@@ -33,60 +36,60 @@ class SineConfig:
     lowest validation error after one and ten steps.
     """
 
-    iterations: int = field(default=70_000, metadata={"help": "outer iterations"})
-    tasks: int = field(default=25, metadata={"help": "tasks a batch"})
-    shots: int = field(default=10, metadata={"help": "support samples a task, and as many query samples"})
-    steps: int = field(default=1, metadata={"help": "inner steps"})
-    lr: float = field(default=0.01, metadata={"help": "inner learning rate"})
-    outer_lr: float = field(default=0.001, metadata={"help": "learning rate of Adam, the outer optimiser"})
-    schedule: str = field(default="cosine", metadata={"help": "of the outer rate", "choices": ("cosine", "constant")})
-    joint_iterations: int = field(default=20_000, metadata={"help": "iterations of the jointly pretrained network"})
-    eval_tasks: int = field(default=1000, metadata={"help": "held-out tasks of the table"})
-    seed: int = field(default=0, metadata={"help": "seed of weights and tasks"})
+    iterations: int = 70_000
+    tasks: int = 25
+    shots: int = option("support samples a task, and as many query samples", 10)
+    steps: int = 1
+    lr: float = 0.01
+    schedule: str = option("of the outer rate", "cosine", choices=("cosine", "constant"))
+    joint_iterations: int = option("iterations of the jointly pretrained network", 20_000)
+    eval_tasks: int = 1000
 
 
 def run(config: SineConfig, out: Path, *, resume: bool = False) -> str:
     """Train, write checkpoint, figures and results to `out`, and give the table as text."""
-    model = _network(config.seed)
-    meta = FOMAML(model, lr=config.lr, steps=config.steps, loss="mse")
-    sampler = Sinusoids(config.shots, config.shots, seed=config.seed)
-    outer = Outer(
-        model=model,
-        loss=lambda: meta(*sampler.sample(config.tasks)),
-        optimizer=torch.optim.Adam(model.parameters(), lr=config.outer_lr, fused=True),
-        generators=[sampler.generator],
-        config=asdict(config),
-        validate=lambda: _validation_error(model, config),
-        anneal=config.schedule == "cosine",
-    )
+    meta, outer = prepare(config)
     if resume:
         outer.resume(out / "checkpoint.pt")
     outer.run(config.iterations, out / "checkpoint.pt")
     pretrained = _pretrain(config)
 
-    errors = {
-        "meta-trained": _errors(model, (config.lr,), config),
-        "pretrained jointly": _errors(pretrained, FINE_TUNING_RATES, config),
-    }
-    found = {"best_iteration": outer.best["iteration"], "mean_squared_error": errors, "curve": outer.curve}
+    def trained(steps: int) -> list[FOMAML]:
+        return [config.trained(meta, steps)]
+
+    def fine_tuned(steps: int) -> list[FOMAML]:
+        return [config.untrained(pretrained, "mse", rate, steps) for rate in FINE_TUNING_RATES]
+
+    errors = {"meta-trained": _errors(trained, config), "pretrained jointly": _errors(fine_tuned, config)}
+    found = {"best_iteration": outer.best["iteration"], "skipped_tasks": outer.skipped, "mean_squared_error": errors}
+    found["curve"] = outer.curve
     save_json(out / "results.json", {"config": asdict(config), **found})
     save_figure(out / "learning_curve.png", lambda figure: _draw_curve(figure, outer.curve, config), (7, 4))
-    save_figure(out / "adapted.png", lambda figure: _draw_adapted(figure, model, pretrained, config), (10, 6))
+    save_figure(out / "adapted.png", lambda figure: _draw_adapted(figure, meta, pretrained, config), (10, 6))
     return "\n".join(
         [
             f"mean squared error on {config.eval_tasks} held-out sinusoids, before and after adaptation",
             f"(meta-trained: the model of iteration {outer.best['iteration']}, the best on validation tasks):",
             *_error_table(errors),
+            *config.skipped_label(outer),
             f"learning curve, adapted curves, results and checkpoint: {out}/",
         ]
     )
 
 
+def prepare(config: SineConfig) -> tuple[FOMAML, Outer]:
+    """What is trained, and the loop that trains it."""
+    meta = config.meta(_network(config.seed), "mse")
+    sampler = Sinusoids(config.shots, config.shots, seed=config.seed)
+    validate, anneal = partial(_validation_error, meta, config), config.schedule == "cosine"
+    return meta, config.outer_loop(meta, sampler, validate=validate, anneal=anneal)
+
+
 @torch.no_grad()
-def _validation_error(model: nn.Module, config: SineConfig) -> float:
+def _validation_error(meta: FOMAML, config: SineConfig) -> float:
     """Mean 5-shot error after one and after ten steps, on tasks that nothing else uses; infinite where one diverges."""
     batch = Sinusoids(5, 100, seed=config.seed + 4).sample(config.eval_tasks)
-    errors = [FOMAML(model, lr=config.lr, steps=steps, loss="mse")(*batch).item() for steps in (1, 10)]
+    errors = [config.trained(meta, steps)(*batch).item() for steps in (1, 10)]
     return sum(errors) / 2 if all(map(math.isfinite, errors)) else math.inf
 
 
@@ -112,16 +115,18 @@ def _pretrain(config: SineConfig) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _errors(model: nn.Module, rates: tuple[float, ...], config: SineConfig) -> dict[str, dict[str, float]]:
-    """Mean squared error by shots and steps, with the best of the rates in each cell."""
+def _errors(adapters: Callable[[int], Iterable[FOMAML]], config: SineConfig) -> dict[str, dict[str, float]]:
+    """Mean squared error by shots and steps, with the best of the adapters of so many steps in each cell."""
     errors: dict[str, dict[str, float]] = {}
     for shots in SHOTS:
-        batch = Sinusoids(shots, 100, seed=config.seed + 2).sample(config.eval_tasks)
-        errors[str(shots)] = {
-            str(steps): min(FOMAML(model, lr=rate, steps=steps, loss="mse")(*batch).item() for rate in rates)
-            for steps in STEPS
-        }
+        batch = held_out(shots, config)
+        errors[str(shots)] = {str(steps): min(meta(*batch).item() for meta in adapters(steps)) for steps in STEPS}
     return errors
+
+
+def held_out(shots: int, config: SineConfig) -> TaskBatch:
+    """The tasks that errors are taken on, each with 100 query samples."""
+    return Sinusoids(shots, 100, seed=config.seed + 2).sample(config.eval_tasks)
 
 
 def _error_table(errors: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -135,12 +140,13 @@ def _error_table(errors: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 def _draw_curve(figure: Any, curve: list[float], config: SineConfig) -> None:
     axes = figure.subplots()
     axes.semilogy([WINDOW * (i + 1) for i in range(len(curve))], curve, linewidth=0.8)
-    axes.set(xlabel="outer iteration", ylabel=f"query loss after {config.steps} inner step(s)", title="Meta-training")
+    label = f"{config.loss_label} after {config.steps} inner step(s)"
+    axes.set(xlabel="outer iteration", ylabel=label, title="Meta-training")
     axes.grid(alpha=0.3)
 
 
 @torch.no_grad()
-def _draw_adapted(figure: Any, model: nn.Module, pretrained: nn.Module, config: SineConfig) -> None:
+def _draw_adapted(figure: Any, meta: FOMAML, pretrained: nn.Module, config: SineConfig) -> None:
     """Two rows of networks, three columns of tasks: the truth, the five points adapted on, the curves after steps."""
     sampler = Sinusoids(5, 0, seed=config.seed + 3)
     amplitude, phase = sampler.draw(3)
@@ -149,9 +155,10 @@ def _draw_adapted(figure: Any, model: nn.Module, pretrained: nn.Module, config: 
     x = torch.linspace(-5, 5, 200).expand(3, -1).unsqueeze(-1)
     y = sinusoid(x, amplitude, phase)
     grid = figure.subplots(2, 3, sharex=True, sharey="col")
-    for row, (name, network) in enumerate({"meta-trained": model, "pretrained jointly": pretrained}.items()):
+    for row, name in enumerate(("meta-trained", "pretrained jointly")):
         for steps, style in ((0, ":"), (1, "--"), (10, "-")):
-            curves = FOMAML(network, lr=config.lr, steps=steps).predict(support_x, support_y, x)
+            adapts = config.untrained(pretrained, "mse", config.lr, steps) if row else config.trained(meta, steps)
+            curves = adapts.predict(support_x, support_y, x)
             for t in range(3):
                 grid[row][t].plot(x[t, :, 0], curves[t, :, 0], style, label=f"after {steps} step(s)")
         for t in range(3):
