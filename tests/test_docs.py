@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from bench import compiled, counted
 from bench.report import render
+from bench.rule_table import written
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +59,10 @@ def test_every_statement_that_claims_a_test_has_it() -> None:
     assert len(mentioned) == text.count("✓") - 1  # the first one explains the sign
     for path, name in mentioned:
         assert f"def {name}(" in (ROOT / path).read_text(), name
+
+
+def test_the_table_of_rules_is_the_planners() -> None:
+    """Else: python -m bench.rule_table docs/rules.md"""
+    pytest.importorskip("triton")
+    page = (ROOT / "docs" / "rules.md").read_text()
+    assert written(page) == page
