@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ class AdaptedMLP:
         model: nn.Module,
         names: Sequence[str | None],
         tasks: AdaptedTasks,
-        parameters: FlatParameters,
+        parameters: Callable[[], FlatParameters],
     ) -> None:
-        """Of a model with the given parameters, which are live; names: what the model calls them."""
+        """Of a model whose parameters, as they are now, a call gives; names: what the model calls them."""
         self._model, self._names, self._tasks, self._parameters = model, names, tasks, parameters
         self._like = next(p for p in tasks.parameters if p is not None)
 
@@ -38,7 +38,7 @@ class AdaptedMLP:
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
         check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
-        return predict(self._tasks, query_x, self._parameters)
+        return predict(self._tasks, query_x, self._parameters())
 
     def weights(self) -> dict[str, Tensor]:
         """Every task's parameters by name, [T, *shape], detached. This holds T networks in memory."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -94,7 +95,8 @@ class AdaptedTasks:
     @torch.no_grad()
     def fast_weights(self, chunk: int, tasks: slice) -> FlatParameters:
         """The adapted parameters [t, *shape], as engines list them, for some tasks of a chunk."""
-        found: FlatParameters = self.engine.fast_weights(self.adapted(chunk), tasks)
+        with without_autocast(self.support.x):
+            found: FlatParameters = self.engine.fast_weights(self.adapted(chunk), tasks)
         return found
 
     @torch.no_grad()
@@ -123,6 +125,10 @@ class _MetaLoss(torch.autograd.Function):
         outer: Gradients = [None] * len(parameters)
         # Dynamo asks for the gradients of what it is given, which those computed from others have not.
         parameters = tuple(p if p is None or p.is_leaf else p.detach() for p in parameters)
+        if compiled and query is not None and query.step_weights is not None:
+            # Numbers would be compiled in, and weights that are annealed compiled anew each time.
+            weights = tuple(w and torch.full((), w, device=support.x.device) for w in query.step_weights)
+            query = replace(query, step_weights=weights)  # type: ignore[arg-type]
         with without_autocast(support.x):
             for tasks in slices(plan):
                 part = share if isinstance(share, float) else share[tasks]
@@ -138,11 +144,11 @@ class _MetaLoss(torch.autograd.Function):
         dx = None if query_x is None else _whole(features, query_x, needed[0])
         ctx.save_for_backward(dx, *_zeros_for_none(outer, parameters, needed[1:]))
         if not values:
-            return support.x.new_zeros(()), None
+            return support.x.new_zeros((), dtype=ctx.compute_dtype), None
         kept = _total(counts) if counts else None
         if kept is not None:
             ctx.mark_non_differentiable(kept)
-        return _total(values).to(support.x.dtype), kept
+        return _total(values), kept
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Any, ...]:
@@ -238,7 +244,8 @@ class _PredictSteps(torch.autograd.Function):
                 if k in ctx.steps:
                     trace = batched.query_pass(adapted, x)
                     d = torch.empty_like(trace.outputs).copy_(d[ctx.steps.index(k)])
-                    dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0])
+                    keep = _with_cotangent(ctx.plan, d)
+                    dx, gradients = batched.query_backward(adapted, trace, d, needed[1:], needed[0], *keep)
                     _add(own, [dx])
                     _add(outer, gradients)
 
@@ -254,8 +261,9 @@ class _Distances(torch.autograd.Function):
     def forward(ctx: Any, tasks: AdaptedTasks, *parameters: Tensor | None) -> Tensor:
         ctx.tasks, ctx.inputs = tasks, parameters
         ctx.save_for_backward(tasks.support.x, tasks.support.y, *parameters)
-        found = [batched.half_squared_distances(tasks.adapted(i)) for i in _chunks(tasks)]
         support_x = tasks.support.x
+        with without_autocast(support_x):
+            found = [batched.half_squared_distances(tasks.adapted(i)) for i in _chunks(tasks)]
         return torch.cat(found).to(support_x.dtype) if found else support_x.new_empty(0)
 
     @staticmethod
@@ -267,9 +275,10 @@ class _Distances(torch.autograd.Function):
         _, _, *parameters = ctx.saved_tensors
         tasks, needed = ctx.tasks, ctx.needs_input_grad[1:]
         outer: Gradients = [None] * len(parameters)
-        for i in _chunks(tasks):
-            shares = cotangent[tasks.slices[i]].to(compute_dtype(cotangent.dtype))
-            _add(outer, batched.displacements(tasks.adapted(i), shares, needed))
+        with without_autocast(tasks.support.x):
+            for i in _chunks(tasks):
+                shares = cotangent[tasks.slices[i]].to(compute_dtype(cotangent.dtype))
+                _add(outer, batched.displacements(tasks.adapted(i), shares, needed))
         return _as_dtypes(_zeros_for_none(outer, parameters, needed), parameters)
 
 
@@ -327,8 +336,18 @@ def _reverse(
     """The query pass of a chunk in reverse, after running it again where its trace was not kept."""
     adapted, trace = tasks.query(chunk, x) if trace is None else (tasks.adapted(chunk), trace)
     d = torch.empty_like(trace.outputs).copy_(cotangent[tasks.slices[chunk]])
-    found: tuple[Tensor | None, Gradients] = tasks.engine.query_backward(adapted, trace, d, needed[1:], needed[0])
+    keep = _with_cotangent(tasks.plan, d)
+    found: tuple[Tensor | None, Gradients] = tasks.engine.query_backward(
+        adapted, trace, d, needed[1:], needed[0], *keep
+    )
     return found
+
+
+def _with_cotangent(plan: Plan, d: Tensor) -> list[Tensor]:
+    """The tasks that ask for anything, [T], where diverged ones are skipped and so may ask for nothing."""
+    if plan.engine != "batched" or plan.problem.nonfinite != "skip":
+        return []
+    return [(d != 0).flatten(1).any(1)]
 
 
 def slices(plan: Plan) -> Iterator[slice]:

@@ -49,6 +49,8 @@ def first_order_gap(
     are those of `FOMAML.forward`; gradients accumulated on the model stay as they are.
     """
     problem = meta.problem
+    if problem.outer == "reptile":
+        raise ValueError("meta has the outer rule 'reptile', whose gradient is no approximation of an exact one")
     model = copy.deepcopy(meta.model).requires_grad_()
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))
@@ -64,6 +66,8 @@ def first_order_gap(
             query.y,
             **meta.reference_options(),
             outer_loss=problem.outer_loss,
+            step_weights=meta.step_weights,
+            nonfinite=problem.nonfinite,
             support_weight=support.weight,
             query_weight=query.weight,
             task_weight=query.task_weight,

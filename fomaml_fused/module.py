@@ -104,7 +104,7 @@ class FOMAML(nn.Module):
             nesterov=nesterov,
             weight_decay=weight_decay,
             decoupled=decoupled_weight_decay,
-            betas=betas,
+            betas=(betas[0], betas[1]) if len(betas) == 2 else betas,
             eps=eps,
             max_grad_norm=max_grad_norm,
             max_grad_value=max_grad_value,
@@ -176,6 +176,7 @@ class FOMAML(nn.Module):
             task_weight: [T].
             support_counts, query_counts: how many of its samples, the first ones, each task has, [T]. Tasks of about
                 as many run together, so that none pays for another's. Tensors are read, which waits for their device.
+                What lies behind the first ones does not matter, but that classes are some that exist.
             step_counts: how many inner steps each task takes, [T].
             reduction: over tasks, as in `torch.nn.functional.cross_entropy`: "mean" (weighted), "sum" or "none".
 
@@ -196,8 +197,10 @@ class FOMAML(nn.Module):
         if self.backend == "reference":
             return self._reference_loss(support, query, task_weight, counts, reduction)
         parts = self._parts(support, query, counts)
-        if reduction == "none" or self._asks(query):
-            losses = task_losses(parts, self._parameters_flat, tasks, self._like)
+        self.skipped = None
+        if reduction == "none" or self._asks(query, task_weight):
+            skips = self.problem.nonfinite == "skip" and reduction != "none"
+            losses = task_losses(parts, self._parameters_flat, tasks, self._like, skips=skips)
             return self._reduce(losses, task_weight, reduction)
         loss, self.skipped = fused_loss(
             parts, self._parameters_flat, task_weight, tasks, reduction, compiled=self.compiled
@@ -220,10 +223,9 @@ class FOMAML(nn.Module):
         plan = self._plan(support, support.x.shape[-2])
         if plan.engine == "reference":
             return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
-        live = self._parameters_flat()
-        snapshot = tuple(None if p is None else p.detach().clone() for p in live)
+        snapshot = tuple(None if p is None else p.detach().clone() for p in self._parameters_flat())
         tasks = AdaptedTasks(plan, support.clone(), snapshot, keep=True)
-        return AdaptedMLP(self.model, self._names(), tasks, live)
+        return AdaptedMLP(self.model, self._names(), tasks, self._parameters_flat)
 
     def losses(
         self,
@@ -245,6 +247,8 @@ class FOMAML(nn.Module):
         """
         support = self._support(support_x, support_y, support_weight)
         tasks, queries = support.x.shape[0], 0 if query_x is None else query_x.shape[1]
+        if (query_x is None) != (query_y is None):
+            raise TypeError(f"query_{'x' if query_x is None else 'y'} is NoneType; it takes both of them or none")
         query = None
         if query_x is not None and query_y is not None:
             query = check_query(self.problem, self._like, tasks, query_x, query_y, query_weight)
@@ -254,7 +258,7 @@ class FOMAML(nn.Module):
             inner_losses(in_torch(part.plan), part.support, part.query, self._parameters_flat(part.plan.problem))
             for part in parts
         ]
-        if counts is None:
+        if parts[0].tasks is None:
             return found[0]
         return joined(found, places(parts, self._like.device), self.problem.inner.steps)
 
@@ -331,15 +335,16 @@ class FOMAML(nn.Module):
             return None
         if query_counts is not None and not queries:
             raise ValueError("query_counts is given; there is no query set")
+        least = 2 if self.problem.network.mixes_samples else 1  # a BatchNorm takes more than one sample
         return TaskCounts(
-            read_counts("support_counts", support_counts, tasks, shots, 1 if self.problem.inner.steps else 0),
-            read_counts("query_counts", query_counts, tasks, queries, 0),
+            read_counts("support_counts", support_counts, tasks, shots, least if self.problem.inner.steps else 0),
+            read_counts("query_counts", query_counts, tasks, queries, least - 1 if least == 1 else least),
             read_counts("step_counts", step_counts, tasks, self.problem.inner.steps, 0),
         )
 
     def _parts(self, support: Support, query: Query | None, counts: TaskCounts | None) -> list[Part]:
         """The batch as it is computed: whole, or by groups of tasks that are alike."""
-        if counts is None:
+        if counts is None or not support.x.shape[0]:
             queries = 0 if query is None else query.x.shape[1]
             return [Part(None, self._plan(support, queries), support, query)]
         sizes, steps = self._sizes(support, 0), self.problem.inner.steps
@@ -355,23 +360,25 @@ class FOMAML(nn.Module):
             for group, plan in planned
         ]
 
-    def _asks(self, query: Query | None) -> bool:
+    def _asks(self, query: Query | None, task_weight: Tensor | None) -> bool:
         """Whether more may ask for a gradient than the parameters and query features, for which the fused loss has it.
 
         A callable's own parameters may, for one.
         """
-        if query is None:
-            return False
-        asked = (query.y, query.weight, query.task_weight)
+        asked = (task_weight, *(() if query is None else (query.y, query.weight)))
         if any(t is not None and t.requires_grad for t in asked):
             return True
-        return self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
+        return query is not None and self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
 
     def _reduce(self, losses: Tensor, task_weight: Tensor | None, reduction: str) -> Tensor:
         if self.problem.nonfinite == "skip" and reduction != "none":
             keep = losses.isfinite()
-            self.skipped = (~keep).sum() if task_weight is None else task_weight[~keep].sum()
-            losses, task_weight = losses[keep], None if task_weight is None else task_weight[keep]
+            weight = torch.ones_like(losses) if task_weight is None else task_weight.to(losses.dtype)
+            self.skipped = torch.where(keep, 0.0, weight).sum().detach()
+            total = (torch.where(keep, losses, 0.0) * weight).sum()
+            left = torch.where(keep, weight, 0.0).sum()
+            loss = total if reduction == "sum" else total / torch.where(left != 0, left, 1.0)
+            return (loss if reduction == "sum" else torch.where(left != 0, loss, math.nan)).to(self._like.dtype)
         return reference.reduce_tasks(losses, task_weight, reduction).to(self._like.dtype)
 
     def _reference_loss(

@@ -51,9 +51,8 @@ def fused_loss(
     Returns:
         The loss; and where diverged tasks are skipped, their weight, which without weights is their number.
     """
-    support = parts[0].support.x if parts else None
-    skips = any(part.plan.problem.nonfinite == "skip" for part in parts)
-    dtype = torch.float32 if support is None else compute_dtype(support.dtype)
+    skips = parts[0].plan.problem.nonfinite == "skip"
+    dtype = compute_dtype(parts[0].support.x.dtype)
     weight = None if task_weight is None else task_weight.to(dtype)
     # Where tasks may be skipped, what the mean is over is known when all are through.
     whole: float | Tensor = 1.0
@@ -68,22 +67,29 @@ def fused_loss(
         )
         total.append(found)
         kept += [] if counted is None else [counted / part.factor]
+    like = parts[0].support.x.dtype
     value = total[0] if len(total) == 1 else torch.stack(total).sum()
     if tasks == 0 and reduction == "mean":  # torch's own convention for no task
-        return value + math.nan, None
+        return (value + math.nan).to(like), value.new_zeros(()) if skips else None
     if not skips:
-        return value, None
+        return value.to(like), None
     counted = torch.stack(kept).sum() if kept else value.new_zeros(())
     skipped = (tasks if weight is None else weight.sum()) - counted
     if reduction == "mean":
         left = counted != 0
-        value = value / torch.where(left, counted, 1.0).to(value.dtype) + torch.where(left, 0.0, math.nan)
-    return value, skipped
+        value = value / torch.where(left, counted, 1.0) + torch.where(left, 0.0, math.nan)
+    return value.to(like), skipped.detach()
 
 
-def task_losses(parts: Sequence[Part], parameters: Parameters, tasks: int, like: Tensor) -> Tensor:
-    """The loss of each task [T], differentiable by whatever comes behind it."""
-    losses = [part.factor * _task_losses(part, parameters(part.plan.problem)) for part in parts]
+def task_losses(
+    parts: Sequence[Part], parameters: Parameters, tasks: int, like: Tensor, *, skips: bool = False
+) -> Tensor:
+    """The loss of each task [T], differentiable by whatever comes behind it.
+
+    Args:
+        skips: let no gradient through tasks that diverged, whose loss is nan then.
+    """
+    losses = [part.factor * _task_losses(part, parameters(part.plan.problem), skips) for part in parts]
     if len(parts) == 1 and parts[0].tasks is None:
         return losses[0]
     return torch.cat(losses)[places(parts, like.device)] if losses else like.new_empty(tasks)
@@ -100,17 +106,32 @@ def in_torch(plan: Plan) -> Plan:
     return plan if plan.engine == "batched" else make_plan(plan.problem, plan.sizes, "torch")
 
 
-def _task_losses(part: Part, parameters: FlatParameters) -> Tensor:
+def _task_losses(part: Part, parameters: FlatParameters, skips: bool) -> Tensor:
     plan, support, query = part.plan, part.support, part.query
     if query is None:
         return half_squared_distances(in_torch(plan), support, parameters)
     outer_loss, dtype = plan.problem.outer_loss, compute_dtype(query.x.dtype)
     y, weight = cast_targets(query.y, dtype), query.weight
     if query.step_weights is None:
+        # In the engine of torch ops alone a task without a cotangent is left out, whatever it holds.
+        plan = in_torch(plan) if skips else plan
         tasks = AdaptedTasks(plan, support, parameters, keep=plan.keeps_state)
         outputs = predict(tasks, query.x, parameters).to(dtype)
-        return task_loss(outer_loss, y, weight, outputs.shape[2], dtype).values(outputs)
+        loss = task_loss(outer_loss, y, weight, outputs.shape[2], dtype)
+        return _sound(loss.values, outputs) if skips else loss.values(outputs)
     counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}
     outputs = predict_steps(in_torch(plan), support, query.x, list(counted), parameters).to(dtype)
     loss = task_loss(outer_loss, y, weight, outputs.shape[3], dtype)
-    return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
+
+    def values(outputs: Tensor) -> Tensor:
+        return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
+
+    return _sound(values, outputs) if skips else values(outputs)
+
+
+def _sound(values: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    """The losses of outputs [..., T, Q, out], nan and without a gradient for tasks where they are not finite."""
+    with torch.no_grad():
+        keep = values(outputs).isfinite()
+    sound = torch.where(keep[:, None, None], outputs, 0.0)
+    return torch.where(keep, values(sound), math.nan)

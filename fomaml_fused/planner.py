@@ -38,7 +38,7 @@ def make_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: 
     return plan
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, told: Override) -> Plan:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")

@@ -8,6 +8,7 @@ much a little is, the cost model decides.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,8 @@ from .problem import Problem
 Counts = Sequence[int] | Tensor
 # By how much counts of a group may differ: the largest over the smallest. The last puts all into one group.
 RATIOS = (1.0, 1.25, 2.0, math.inf)
+_OPS = 12  # torch ops of a layer in a step and back
+GROUP_OP = 8e-6  # seconds to start one, as `costs.CPU` has it
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ def read_counts(name: str, counts: Counts | None, tasks: int, most: int, least: 
     """
     if counts is None:
         return (most,) * tasks
-    values: Any = counts.tolist() if isinstance(counts, Tensor) else list(counts)
-    if not isinstance(values, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
-        raise TypeError(f"{name} is {counts!r}; it takes a whole number for each task")
+    try:
+        values = [operator.index(n) for n in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+    except TypeError as error:
+        raise TypeError(f"{name} is {counts!r}; it takes a whole number for each task") from error
     if len(values) != tasks:
         raise ValueError(f"{name} has {len(values)} counts; there are {tasks} tasks")
     for n in values:
@@ -87,23 +91,51 @@ def plan_groups(
     problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
 ) -> list[tuple[Group, Plan]]:
     """The groups that the cost model finds the fastest, each with its plan."""
-    # What a sample gives under a BatchNorm depends on all samples of its set, so padding would show.
-    ratios = RATIOS[:1] if problem.network.mixes_samples else RATIOS
 
     def planned(ratio: float) -> list[tuple[Group, Plan]]:
         return [(group, _plan(problem, sizes, group, backend, precision)) for group in counts.groups(ratio)]
 
-    if backend == "reference":
+    # What a sample gives under a BatchNorm depends on all samples of its set, so padding would show.
+    if backend == "reference" or problem.network.mixes_samples:
         return planned(1.0)
-    return min((planned(r) for r in ratios), key=lambda plans: sum(plan.estimate.seconds for _, plan in plans))
+    whole = planned(RATIOS[-1])
+    # Plans of all groups of every ratio would take longer than the step: a first look is at launches and samples.
+    samples = sum(_samples(group) for group, _ in whole)
+    seconds = sum(plan.estimate.seconds for _, plan in whole)
+    launches = _OPS * problem.network.depth * (1 + max(counts.steps)) * GROUP_OP
+    a_sample = max(seconds - launches * len(whole), 0.1 * seconds) / max(samples, 1)
+
+    def cost(ratio: float) -> float:
+        groups = counts.groups(ratio)
+        return len(groups) * launches + a_sample * sum(_samples(group) for group in groups)
+
+    best = min(RATIOS, key=cost)
+    return whole if best == RATIOS[-1] else planned(best)
+
+
+def _samples(group: Group) -> int:
+    """That a group's tasks run through the network."""
+    return len(group.tasks) * (max(group.steps, 1) * group.shots + group.queries)
 
 
 def _plan(problem: Problem, sizes: Sizes, group: Group, backend: str, precision: str) -> Plan:
+    """The plan of a group; made for rounder numbers, so that it is found again however tasks fall into groups."""
     tasks = len(group.tasks)
-    # Planned for the next power of two tasks, so that plans are found again however tasks fall into groups.
-    planned = replace(sizes, tasks=1 << (tasks - 1).bit_length(), shots=group.shots, queries=group.queries)
-    plan = make_plan(with_steps(problem, group.steps), planned, backend, precision)
-    return replace(plan, sizes=replace(planned, tasks=tasks), chunk=min(plan.chunk, tasks))
+    rounder = replace(
+        sizes,
+        tasks=1 << (tasks - 1).bit_length(),
+        shots=min(_round_up(group.shots), sizes.shots),
+        queries=_round_up(group.queries),
+    )
+    plan = make_plan(with_steps(problem, group.steps), rounder, backend, precision)
+    own = replace(sizes, tasks=tasks, shots=group.shots, queries=group.queries)
+    return replace(plan, sizes=own, chunk=min(plan.chunk, tasks))
+
+
+def _round_up(count: int) -> int:
+    """The count, with its three highest bits alone."""
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step
 
 
 def with_steps(problem: Problem, steps: int) -> Problem:
@@ -125,10 +157,10 @@ def support_of(group: Group, support: Support, counts: TaskCounts) -> Support:
     x, y, weight = own
     assert x is not None
     assert y is not None
-    mask = _mask([counts.shots[t] for t in group.tasks], group.shots, x)
-    if mask is not None and support.each_step:
-        mask = mask[:, None].expand(-1, group.steps, -1)
-    return Support(x, y, _masked(weight, mask))
+    there = _there([counts.shots[t] for t in group.tasks], group.shots, x)
+    if there is not None and support.each_step:
+        there = there[:, None].expand(-1, group.steps, -1)
+    return Support(_cleared(x, there), _cleared(y, there), _masked(weight, there, x))
 
 
 def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Query:
@@ -138,13 +170,13 @@ def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Quer
     else:
         index = torch.tensor(group.tasks, device=query.x.device)
     weight = None if query.weight is None else query.weight[index, : group.queries]
-    mask = _mask([counts.queries[t] for t in group.tasks], group.queries, query.x)
+    there = _there([counts.queries[t] for t in group.tasks], group.queries, query.x)
     x, y = query.x[index, : group.queries], query.y[index, : group.queries]
     step_weights = query.step_weights
     if step_weights is not None and group.steps < steps:
         # A task that stops early stays where it is for the steps that remain.
         step_weights = (*step_weights[: group.steps - 1], sum(step_weights[group.steps - 1 :])) if group.steps else None
-    return Query(x, y, _masked(weight, mask), None, step_weights)
+    return Query(_cleared(x, there), _cleared(y, there), _masked(weight, there, x), None, step_weights)
 
 
 def factor_of(group: Group, step_weights: tuple[float, ...] | None) -> float:
@@ -154,20 +186,29 @@ def factor_of(group: Group, step_weights: tuple[float, ...] | None) -> float:
 
 def _bucket(count: int, ratio: float) -> int:
     """Which counts go together: equal ones, or those between two powers of the ratio."""
-    if math.isinf(ratio):
-        return 0
-    if ratio == 1.0 or count <= 1:
+    if ratio == 1.0 or count == 0:  # of no sample there is no mean, and weights of 0 are none
         return count
+    if math.isinf(ratio):
+        return -1
     return -math.floor(math.log(count) / math.log(ratio) + 1e-9) - 1
 
 
-def _mask(counts: list[int], most: int, like: Tensor) -> Tensor | None:
-    """Which samples there are, [t, most], 0 or 1; None for all."""
+def _there(counts: list[int], most: int, like: Tensor) -> Tensor | None:
+    """Which samples there are, [t, most]; None for all."""
     if all(n == most for n in counts):
         return None
-    there = torch.arange(most, device=like.device) < torch.tensor(counts, device=like.device)[:, None]
-    return there.to(like.dtype)
+    return torch.arange(most, device=like.device) < torch.tensor(counts, device=like.device)[:, None]
 
 
-def _masked(weight: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    return mask if weight is None else weight if mask is None else weight * mask
+def _cleared(values: Tensor, there: Tensor | None) -> Tensor:
+    """Samples, 0 where there are none: a weight of 0 would not keep out what is not finite."""
+    if there is None:
+        return values
+    return torch.where(there.view(*there.shape, *[1] * (values.dim() - there.dim())), values, 0)
+
+
+def _masked(weight: Tensor | None, there: Tensor | None, like: Tensor) -> Tensor | None:
+    """Weights of samples, 0 where there are none."""
+    if there is None:
+        return weight
+    return there.to(like.dtype) if weight is None else torch.where(there, weight, 0.0)

@@ -206,7 +206,9 @@ def meta_loss(
     if nonfinite == "skip" and reduction != "none":
         kept = [t for t, value in enumerate(losses) if value.isfinite()]
         # Stacked anew: a cotangent of 0 would still be nan times a diverged task's derivatives.
-        per_task = torch.stack([losses[t] for t in kept]) if kept else support_x.new_empty(0)
+        # Of no task there is a gradient too, and it is 0.
+        nothing = sum((0.0 * p).sum() for p in model.parameters()) + support_x.new_empty(0)
+        per_task = torch.stack([losses[t] for t in kept]) if kept else nothing
         task_weight = None if task_weight is None else task_weight[kept]
     return reduce_tasks(per_task, task_weight, reduction)
 

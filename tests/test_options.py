@@ -269,3 +269,106 @@ def test_rules_compile_to_one_graph(options: dict[str, Any]) -> None:
         with torch.no_grad():  # other rates, the same graph
             for p in {*meta.parameters(), *plain.parameters()}:
                 p.mul_(1.1)
+
+
+def test_every_size_compiles_and_annealed_weights_do_not_compile_anew() -> None:
+    case = Case(widths=(3, 5), tasks=2, steps=2, step_weights=(0.5, 0.5))
+    meta, batch = case.meta(case.model(torch.float32), "torch", compile=True), case.batch(torch.float32)
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for tasks in (1, 2):
+            some = {name: value[:tasks] for name, value in batch.items()}
+            for last in (0.5, 0.75, 1.0):
+                meta.step_weights = (1.0 - last + 1e-3, last)
+                expected = ff.FOMAML(meta.model, lr=0.1, steps=2, step_weights=meta.step_weights)(**some)
+                torch.testing.assert_close(meta(**some), expected)
+
+
+def test_what_lies_behind_the_counted_samples_does_not_matter() -> None:
+    case = Case(widths=(3, 17, 5), tasks=4)
+    meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)
+    counts: dict[str, Any] = {"support_counts": [3, 4, 3, 5], "query_counts": [0, 4, 3, 4]}
+    clean = torch.autograd.grad(meta(**batch, **counts, reduction="none")[1:].sum(), list(meta.parameters()))
+    for t, (shots, queries) in enumerate(zip(*counts.values(), strict=True)):
+        batch["support_x"][t, shots:] = math.inf
+        batch["support_y"][t, shots:] = math.nan
+        with torch.no_grad():
+            batch["query_x"][t, queries:] = math.nan
+        batch["query_y"][t, queries:] = math.nan
+    losses = meta(**batch, **counts, reduction="none")
+    assert losses.isnan().tolist() == [True, False, False, False]
+    found = torch.autograd.grad(losses[1:].sum(), list(meta.parameters()))
+    for actual, expected in zip(found, clean, strict=True):
+        assert torch.equal(actual, expected)
+    assert meta(**{n: v[:0] for n, v in batch.items()}, support_counts=[]).isnan()
+
+
+def test_a_batch_norm_counts_more_than_one_sample() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    for name in ("support_counts", "query_counts"):
+        with pytest.raises(ValueError, match=f"{name} holds 1; it takes 2 to"):
+            ff.FOMAML(model)(*BATCH, **{name: [1, 3]})
+
+
+@pytest.mark.parametrize("kind", ["callable", "weight asks"])
+@pytest.mark.parametrize("options", [{}, {"step_weights": (0.5, 0.0, 0.0, 0.5)}, {"learn_lr": "layer"}], ids=str)
+def test_diverged_tasks_are_skipped_whatever_asks_for_a_gradient(kind: str, options: dict[str, Any]) -> None:
+    case = Case(
+        tasks=4,
+        activation="relu",
+        steps=4,
+        lr=1.0,
+        nonfinite="skip",
+        outer_loss=kind if kind == "callable" else None,
+        **options,
+    )
+    meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)
+    batch["support_y"][[1, 3]] = 1e300
+    batch["query_weight"] = torch.rand(4, case.queries, dtype=torch.float64).requires_grad_(kind != "callable")
+    asked = [*meta.parameters(), *([batch["query_weight"]] if kind != "callable" else [])]
+    loss = meta(**batch)
+    found = torch.autograd.grad(loss, asked)
+    assert meta.skipped == 2
+    rest = {name: value[[0, 2]] for name, value in batch.items()}
+    expected = meta(**rest)
+    assert relative_error(loss, expected) < 1e-12
+    for actual, value in zip(found, torch.autograd.grad(expected, asked), strict=True):
+        assert relative_error(actual, value) < 1e-12
+
+
+def test_adapted_tasks_are_differentiated_as_often_as_one_likes() -> None:
+    case = Case(learn_lr="layer", positive_lr="softplus")
+    meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)
+    with torch.no_grad():
+        fast = meta.adapt(batch["support_x"], batch["support_y"])
+    for _ in range(2):
+        meta.zero_grad()
+        fast(batch["query_x"]).sum().backward()
+        assert meta.inner_lr.value.grad is not None
+
+
+def test_norms_hold_where_samples_are_much_alike() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 64) + 1e-3 * torch.randn(2, 6, 64)
+    y = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).expand(2, 6).unsqueeze(2)
+    for form in ("primal", "dual"):
+        steps = []
+        for dtype in (torch.float32, torch.float64):
+            model = nn.Linear(64, 1, dtype=torch.float64)
+            with torch.no_grad():
+                model.weight.fill_(1e-3)
+                model.bias.fill_(0.0)
+            meta = ff.FOMAML(model.to(dtype), lr=1.0, max_grad_norm=1e-3)
+            with ff.override(forms=(form,)):
+                weights = meta.adapt(x.to(dtype), y.to(dtype)).weights()["weight"]
+            steps.append(weights.double() - 1e-3)
+        assert relative_error(*steps) < 2e-3
+
+
+def test_a_gap_is_that_of_the_meta_loss_as_it_is() -> None:
+    case = Case(steps=3, lr=0.3)
+    model, batch = case.model(torch.float64), case.batch(torch.float64)
+    first = ff.FOMAML(model, lr=0.3, steps=3, step_weights=(1.0, 0.0, 0.0))
+    one = ff.diagnostics.first_order_gap(ff.FOMAML(model, lr=0.3, steps=1), **batch)
+    assert ff.diagnostics.first_order_gap(first, **batch).cosine == pytest.approx(one.cosine)
+    with pytest.raises(ValueError, match="outer rule 'reptile'"):
+        ff.diagnostics.first_order_gap(ff.Reptile(model), **batch)

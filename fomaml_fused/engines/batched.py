@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ def step(
     loss = query_loss(problem, query, dtype)
     outer = Outer(problem, needed, parameters, share)
 
-    def measure(adapted: Adapted, weight: float) -> None:
+    def measure(adapted: Adapted, weight: float | Tensor) -> None:
         """Add the query loss of the tasks as they are."""
         trace = query_pass(adapted, x)
         values, dx = loss.values(trace.outputs), None
@@ -89,7 +91,7 @@ def step(
             cotangent = share * weight if isinstance(share, float) else (share * weight)[:, None, None]
             d = loss.gradient(trace.outputs, cotangent)
             found, dx = reverse(adapted, trace, d, needed[1:], needed[0])
-        outer.add(adapted.cells, values if weight == 1.0 else values * weight, found, dx)
+        outer.add(adapted.cells, values if isinstance(weight, float) and weight == 1.0 else values * weight, found, dx)
 
     if query.step_weights is None or not problem.inner.steps:
         measure(adapt(plan, parameters, support), 1.0)
@@ -97,7 +99,7 @@ def step(
     after = (0.0, *query.step_weights)  # what the query loss counts before the first step and after each
 
     def visit(adapted: Adapted, k: int) -> None:
-        if after[k]:
+        if not isinstance(after[k], float) or after[k]:  # a tensor is not 0
             measure(adapted, after[k])
 
     _inner_loop(plan, parameters, support, visit)
@@ -134,12 +136,22 @@ def displacements(adapted: Adapted, shares: Tensor, needed: Sequence[bool], keep
     return [value if need else None for value, need in zip(found, needed, strict=True)]
 
 
+_COUNTER = count()
+
+
 @lru_cache(maxsize=64)
 def compiled_step(plan: Planned, needed: tuple[bool, ...]) -> Callable[..., Any]:
     """`step` of a plan through `torch.compile`: one graph, static shapes."""
     # Dynamo tells that it traces through functions with a cache, which is what they are there for.
     warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
-    return torch.compile(partial(step, plan, needed), fullgraph=True, dynamic=False)
+
+    def run(parameters: FlatParameters, support: Support, query: Query | None, share: float | Tensor) -> Outcome:
+        return step(plan, needed, parameters, support, query, share)
+
+    # Dynamo counts how often it compiles by code, and stops at eight; so every plan has code of its own.
+    code = run.__code__.replace(co_name=f"step_{next(_COUNTER)}")
+    own = FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
@@ -272,7 +284,7 @@ def query_pass(adapted: Adapted, x: Tensor) -> Trace:
 
 
 def query_backward(
-    adapted: Adapted, trace: Trace, d: Tensor, needed: Sequence[bool], features: bool
+    adapted: Adapted, trace: Trace, d: Tensor, needed: Sequence[bool], features: bool, keep: Tensor | None = None
 ) -> tuple[Tensor | None, Gradients]:
     """Run the query pass of a chunk of tasks in reverse.
 
@@ -280,14 +292,15 @@ def query_backward(
         d: the gradient with respect to the outputs, [T, Q, out], times the cotangent of each task; overwritten.
         needed: whether each parameter's gradient is asked for.
         features: whether that of the query features is.
+        keep: the tasks that count, [T], where others may hold what is not finite; None for all.
 
     Returns:
         The gradient of the query features [T, Q, in], and the outer gradient of each parameter, summed over tasks.
     """
     found, dx = reverse(adapted, trace, d, needed, features)
     gradients: Gradients = [None] * len(needed)
-    contract(found, rate_gradients(adapted.problem, adapted.cells, found, needed), gradients, needed)
-    return dx, gradients
+    contract(found, rate_gradients(adapted.problem, adapted.cells, found, needed), gradients, needed, keep)
+    return None if dx is None else kept(dx, keep), gradients
 
 
 def reverse(

@@ -202,7 +202,8 @@ def _lost(adapted: Adapted, i: int) -> float:
 
 
 def _gram(x: Tensor, d: Tensor, bias: bool) -> Tensor:
-    """(X Xᵀ + 1) ∘ (D Dᵀ) of each task, the 1 for a bias; [T, N, N]."""
+    """(X Xᵀ + 1) ∘ (D Dᵀ) of each task, the 1 for a bias; [T, N, N], in double precision, for its sum may cancel."""
+    x, d = x.double(), d.double()
     gram = torch.bmm(x, x.mT)
     return (gram + 1.0 if bias else gram) * torch.bmm(d, d.mT)
 

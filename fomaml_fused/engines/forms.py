@@ -222,11 +222,15 @@ def squared_gradient_norm(x: Tensor, d: Tensor, weight: bool, bias: bool) -> Ten
     """The square of the norm of each task's gradient `d.mT @ x`, and of its bias's, [T].
 
     x: [T, S, in].  d: [T, S, out].  weight, bias: which of them count.
+
+    Gram matrices are taken in double precision: their terms may cancel where samples are much alike.
     """
     samples, before, after = x.shape[1], x.shape[2], d.shape[2]
     if weight and samples * (before + after) < before * after:
+        dtype, x, d = x.dtype, x.double(), d.double()
         gram = torch.bmm(x, x.mT)  # [T, S, S]
-        return torch.bmm(d, d.mT).mul_(gram.add_(1.0) if bias else gram).sum((1, 2)).clamp_min_(0.0)
+        squared = torch.bmm(d, d.mT).mul_(gram.add_(1.0) if bias else gram).sum((1, 2)).clamp_min_(0.0)
+        return squared.to(dtype)
     total = d.sum(1).square().sum(1) if bias else x.new_zeros(x.shape[0])
     return total + torch.bmm(d.mT, x).square().sum((1, 2)) if weight else total
 

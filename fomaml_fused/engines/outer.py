@@ -77,7 +77,7 @@ def contract(
 def rate_gradients(problem: Problem, cells: list[Cell], found: Backward, needed: Sequence[bool]) -> dict[int, Tensor]:
     """The gradients of learned rates, of each task, [T, *shape], by where they are listed; of those asked for."""
     inner, start = problem.inner, len(PARTS) * len(cells)
-    if inner.learn_lr is None or not any(needed[start:]):
+    if inner.learn_lr is None or not found or not any(needed[start:]):
         return {}
     moving = {i: own for i, own in found.items() if cells[i].moves}
     if inner.learn_lr == "element":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ def _split(spec: Spec, flat: Tensor | None, needed: Sequence[bool]) -> Gradients
     return found
 
 
-@cache  # for good, as those of the inner loop
+@lru_cache(maxsize=1024)  # annealed weights are others in every step
 def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
