@@ -72,7 +72,7 @@ def clip(adapted: Adapted, k: int) -> None:
         x, d = _float(adapted.inputs[i]), _each_step(adapted, i)
         assert d is not None
         found.append(d[:, k])
-        squares.append(_gram(x if adapted.collapses(i) else x[:, k], d[:, k], adapted.spec.biases[i]).sum((1, 2)))
+        squares.append(_squared_norm(x if adapted.collapses(i) else x[:, k], d[:, k], adapted.spec.biases[i]))
     norm = torch.stack(squares).sum(0).clamp_min(0.0).sqrt()
     factor = (bound / (norm + 1e-6)).clamp_max(1.0)
     for d in found:
@@ -184,7 +184,7 @@ def _moved_square(adapted: Adapted, i: int) -> Tensor:
     if not adapted.collapses(i):
         d = d * adapted.numbers.of.history[adapted.taken, i, :, None, None]
         x, d = x.flatten(1, 2), d.flatten(1, 2)
-    square = _gram(x, d, adapted.spec.biases[i]).sum((1, 2))
+    square = _squared_norm(x, d, adapted.spec.biases[i])
     if lost := _lost(adapted, i):
         # The distance is that of lost * W_0 + DᵀX from 0, and the same of the bias.
         length, z = weight.square().sum(), x @ weight.t()
@@ -201,11 +201,11 @@ def _lost(adapted: Adapted, i: int) -> float:
     return 1.0 - coefficients(inner.layer_rates(i), *options).shared[-1]
 
 
-def _gram(x: Tensor, d: Tensor, bias: bool) -> Tensor:
-    """(X Xᵀ + 1) ∘ (D Dᵀ) of each task, the 1 for a bias; [T, N, N], in double precision, for its sum may cancel."""
-    x, d = x.double(), d.double()
+def _squared_norm(x: Tensor, d: Tensor, bias: bool) -> Tensor:
+    """The sum of (X Xᵀ + 1) ∘ (D Dᵀ) of each task, the 1 for a bias, [T]; in double precision, for it may cancel."""
+    dtype, x, d = d.dtype, x.double(), d.double()
     gram = torch.bmm(x, x.mT)
-    return (gram + 1.0 if bias else gram) * torch.bmm(d, d.mT)
+    return ((gram + 1.0 if bias else gram) * torch.bmm(d, d.mT)).sum((1, 2)).to(dtype)
 
 
 def _each_step(adapted: Adapted, i: int) -> Tensor | None:
