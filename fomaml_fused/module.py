@@ -26,7 +26,7 @@ from .engines import FlatParameters
 from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
-from .parts import Part, fused_loss, in_torch, places, task_losses
+from .parts import Part, fused_loss, in_torch, mean_of_left, places, task_losses
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
 from .problem import Loss, Problem, SampleLoss
@@ -335,10 +335,11 @@ class FOMAML(nn.Module):
             return None
         if query_counts is not None and not queries:
             raise ValueError("query_counts is given; there is no query set")
-        least = 2 if self.problem.network.mixes_samples else 1  # a BatchNorm takes more than one sample
+        mixes = self.problem.network.mixes_samples  # a BatchNorm takes more than one sample
+        least = 0 if not self.problem.inner.steps else 2 if mixes else 1
         return TaskCounts(
-            read_counts("support_counts", support_counts, tasks, shots, least if self.problem.inner.steps else 0),
-            read_counts("query_counts", query_counts, tasks, queries, least - 1 if least == 1 else least),
+            read_counts("support_counts", support_counts, tasks, shots, least),
+            read_counts("query_counts", query_counts, tasks, queries, 2 if mixes else 0),
             read_counts("step_counts", step_counts, tasks, self.problem.inner.steps, 0),
         )
 
@@ -377,8 +378,7 @@ class FOMAML(nn.Module):
             self.skipped = torch.where(keep, 0.0, weight).sum().detach()
             total = (torch.where(keep, losses, 0.0) * weight).sum()
             left = torch.where(keep, weight, 0.0).sum()
-            loss = total if reduction == "sum" else total / torch.where(left != 0, left, 1.0)
-            return (loss if reduction == "sum" else torch.where(left != 0, loss, math.nan)).to(self._like.dtype)
+            return (total if reduction == "sum" else mean_of_left(total, left)).to(self._like.dtype)
         return reference.reduce_tasks(losses, task_weight, reduction).to(self._like.dtype)
 
     def _reference_loss(

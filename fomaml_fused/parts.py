@@ -75,10 +75,12 @@ def fused_loss(
         return value.to(like), None
     counted = torch.stack(kept).sum() if kept else value.new_zeros(())
     skipped = (tasks if weight is None else weight.sum()) - counted
-    if reduction == "mean":
-        left = counted != 0
-        value = value / torch.where(left, counted, 1.0) + torch.where(left, 0.0, math.nan)
-    return value.to(like), skipped.detach()
+    return (mean_of_left(value, counted) if reduction == "mean" else value).to(like), skipped.detach()
+
+
+def mean_of_left(total: Tensor, weight: Tensor) -> Tensor:
+    """A sum over the tasks that are left over their weight; nan, with a gradient of 0, where none is."""
+    return total / torch.where(weight != 0, weight, 1.0) + torch.where(weight != 0, 0.0, math.nan)
 
 
 def task_losses(

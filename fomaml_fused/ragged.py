@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .batch import Query, Sizes, Support
+from .costs import CPU
 from .planner import make_plan
 from .plans import Plan
 from .problem import Problem
@@ -25,7 +26,6 @@ Counts = Sequence[int] | Tensor
 # By how much counts of a group may differ: the largest over the smallest. The last puts all into one group.
 RATIOS = (1.0, 1.25, 2.0, math.inf)
 _OPS = 12  # torch ops of a layer in a step and back
-GROUP_OP = 8e-6  # seconds to start one, as `costs.CPU` has it
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TaskCounts:
-    """What each task has, [T] each; queries is empty where there is no query set."""
+    """What each task has, [T] each; queries are 0 where there is no query set."""
 
     shots: tuple[int, ...]
     queries: tuple[int, ...]
@@ -54,12 +54,11 @@ class TaskCounts:
 
     def groups(self, ratio: float) -> list[Group]:
         """Groups in which the largest count is at most `ratio` times the smallest; steps are always the same."""
-        queries = self.queries or (0,) * len(self.shots)
         found: dict[tuple[int, int, int], list[int]] = {}
-        for t, (shots, count, steps) in enumerate(zip(self.shots, queries, self.steps, strict=True)):
+        for t, (shots, count, steps) in enumerate(zip(self.shots, self.queries, self.steps, strict=True)):
             found.setdefault((steps, _bucket(shots, ratio), _bucket(count, ratio)), []).append(t)
         return [
-            Group(tuple(tasks), max(self.shots[t] for t in tasks), max(queries[t] for t in tasks), steps)
+            Group(tuple(tasks), max(self.shots[t] for t in tasks), max(self.queries[t] for t in tasks), steps)
             for (steps, _, _), tasks in sorted(found.items())
         ]
 
@@ -102,7 +101,7 @@ def plan_groups(
     # Plans of all groups of every ratio would take longer than the step: a first look is at launches and samples.
     samples = sum(_samples(group) for group, _ in whole)
     seconds = sum(plan.estimate.seconds for _, plan in whole)
-    launches = _OPS * problem.network.depth * (1 + max(counts.steps)) * GROUP_OP
+    launches = _OPS * problem.network.depth * (1 + max(counts.steps)) * CPU.launch
     a_sample = max(seconds - launches * len(whole), 0.1 * seconds) / max(samples, 1)
 
     def cost(ratio: float) -> float:
@@ -148,10 +147,7 @@ def with_steps(problem: Problem, steps: int) -> Problem:
 
 def support_of(group: Group, support: Support, counts: TaskCounts) -> Support:
     """The support sets of a group; weights of 0 where a task has fewer samples than others."""
-    if group.tasks == tuple(range(support.x.shape[0])):
-        index: Any = slice(None)
-    else:
-        index = torch.tensor(group.tasks, device=support.x.device)
+    index = _index(group, support.x)
     rows = (slice(None), slice(group.steps)) if support.each_step else (slice(None),)
     own = [None if t is None else t[index][(*rows, slice(group.shots))] for t in (support.x, support.y, support.weight)]
     x, y, weight = own
@@ -165,10 +161,7 @@ def support_of(group: Group, support: Support, counts: TaskCounts) -> Support:
 
 def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Query:
     """The query sets of a group; steps: of the tasks that take the most."""
-    if group.tasks == tuple(range(query.x.shape[0])):
-        index: Any = slice(None)
-    else:
-        index = torch.tensor(group.tasks, device=query.x.device)
+    index = _index(group, query.x)
     weight = None if query.weight is None else query.weight[index, : group.queries]
     there = _there([counts.queries[t] for t in group.tasks], group.queries, query.x)
     x, y = query.x[index, : group.queries], query.y[index, : group.queries]
@@ -182,6 +175,11 @@ def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Quer
 def factor_of(group: Group, step_weights: tuple[float, ...] | None) -> float:
     """What the loss of tasks that take no step counts, where that of each step has a weight."""
     return 1.0 if group.steps or step_weights is None else sum(step_weights)
+
+
+def _index(group: Group, x: Tensor) -> Any:
+    """What takes a group's tasks out of those of x [T, ...]; views where they are all."""
+    return slice(None) if len(group.tasks) == len(x) else torch.tensor(group.tasks, device=x.device)
 
 
 def _bucket(count: int, ratio: float) -> int:

@@ -23,7 +23,7 @@ from ..problem import Problem
 from . import FlatParameters, Gradients, Outcome, Planned
 from .cells import Backward, Builder, Cell, Reversed, Saved
 from .losses import TaskLoss, task_loss
-from .outer import Outer, contract, rate_gradients
+from .outer import Outer, contract, rate_gradients, reptile_outcome
 from .rules import kept
 
 
@@ -102,21 +102,16 @@ def step(
         if not isinstance(after[k], float) or after[k]:  # a tensor is not 0
             measure(adapted, after[k])
 
-    _inner_loop(plan, parameters, support, visit)
+    trajectory(plan, parameters, support, visit)
     return outer.outcome()
 
 
 def reptile(adapted: Adapted, needed: Sequence[bool], share: float | Tensor) -> Outcome:
     """Reptile's meta-step: half the squared distances that tasks move, and how far they move, times their shares."""
     values = half_squared_distances(adapted)
-    shares = share if isinstance(share, Tensor) else torch.full_like(values, share)
-    keep, total = None, None
-    if adapted.problem.nonfinite == "skip":
-        keep = values.isfinite()
-        shares = kept(shares, keep)
-        total = shares.sum()
-    gradients = displacements(adapted, shares, needed[1:], keep)
-    return Outcome((kept(values, keep) * shares).sum(), None, gradients, total)
+    return reptile_outcome(
+        adapted.problem, values, share, lambda shares, keep: displacements(adapted, shares, needed[1:], keep)
+    )
 
 
 def half_squared_distances(adapted: Adapted) -> Tensor:
@@ -156,27 +151,17 @@ def compiled_step(plan: Planned, needed: tuple[bool, ...]) -> Callable[..., Any]
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:
     """The layers of a chunk of tasks after the inner steps."""
-    return _inner_loop(plan, parameters, support)
+    return trajectory(plan, parameters, support)
 
 
 def trajectory(
     plan: Planned,
     parameters: FlatParameters,
     support: Support,
-    visit: Callable[[Adapted, int], None],
-    record: Record | None = None,
-) -> Adapted:
-    """As `adapt`; visit: called with the tasks as they are before the first and after each step, and its number."""
-    return _inner_loop(plan, parameters, support, visit, record)
-
-
-def _inner_loop(
-    plan: Planned,
-    parameters: FlatParameters,
-    support: Support,
     visit: Callable[[Adapted, int], None] | None = None,
     record: Record | None = None,
 ) -> Adapted:
+    """As `adapt`; visit: called with the tasks as they are before the first and after each step, and its number."""
     problem, inner = plan.problem, plan.problem.inner
     first, depth = inner.first_adapted, problem.network.depth
     dtype = compute_dtype(support.x.dtype)

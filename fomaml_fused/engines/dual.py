@@ -41,6 +41,7 @@ from .dual_launches import (
 from .launching import new, on_device, pointers, reduce, split
 from .launching import tensors as contiguous
 from .losses import TaskLoss, task_loss
+from .outer import reptile_outcome
 
 __all__ = ["adapt", "fast_weights", "pending_steps", "query_backward", "query_pass", "spec_of", "step"]
 
@@ -206,15 +207,12 @@ def _layer_by_layer(
 
 def _reptile(adapted: Adapted, tasks: int, needed: Sequence[bool], share: float | Tensor) -> Outcome:
     """The meta-step of Reptile: how far the tasks moved."""
-    values = distances(adapted, tasks)
-    shares = torch.zeros_like(values) + share
-    sound = kept = None
-    if adapted.plan.problem.nonfinite == "skip":
-        sound = values.isfinite()
-        values, shares = (torch.where(sound, t, 0.0) for t in (values, shares))
-        kept = shares.sum()
-    gradients = displacement(adapted, shares, needed[1:], sound)
-    return Outcome((values * shares).sum(), None, gradients, kept)
+    return reptile_outcome(
+        adapted.plan.problem,
+        distances(adapted, tasks),
+        share,
+        lambda shares, sound: displacement(adapted, shares, needed[1:], sound),
+    )
 
 
 def _measure(adapted: Adapted, samples: Samples, query: Query, needed: Sequence[bool], share: float | Tensor) -> None:

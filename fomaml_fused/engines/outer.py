@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,6 +93,26 @@ def rate_gradients(problem: Problem, cells: list[Cell], found: Backward, needed:
         if of_layer is not None:
             whole[:, : of_layer.shape[1], i] = of_layer
     return {start: whole}
+
+
+def reptile_outcome(
+    problem: Problem,
+    values: Tensor,
+    share: float | Tensor,
+    displacements: Callable[[Tensor, Tensor | None], Gradients],
+) -> Outcome:
+    """Reptile's meta-step from half the squared distance that each task moves, [T].
+
+    displacements: how far they move, summed times the shares [T], of the tasks to keep, [T] or None for all.
+    """
+    shares = share if isinstance(share, Tensor) else torch.full_like(values, share)
+    keep, total = None, None
+    if problem.nonfinite == "skip":
+        keep = values.isfinite()
+        shares = kept(shares, keep)
+        total = shares.sum()
+    gradients = displacements(shares, keep)
+    return Outcome((kept(values, keep) * shares).sum(), None, gradients, total)
 
 
 def _add(gradients: Gradients, i: int, gradient: Tensor) -> None:
