@@ -314,13 +314,17 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
 def _engine(plan: Plan) -> ModuleType:
     """The module that does what a plan says."""
     if plan.engine == "resident":
-        from .engines import resident  # imports Triton, as does the next
+        from .engines import resident  # imports Triton, as do the next
 
         return resident
     if plan.engine in ("dual", "layered"):
         from .engines import dual
 
         return dual
+    if plan.engine in ("chained", "primal"):
+        from .engines import primal
+
+        return primal
     return batched
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .batch import Sizes
-from .kernels.configuration import Config, DualConfig
+from .kernels.configuration import Config, DualConfig, PrimalConfig, TiledConfig
 from .kernels.spec import padded
 from .problem import Problem
 
@@ -110,7 +110,30 @@ def dual_work(problem: Problem, sizes: Sizes, config: DualConfig, precision: str
     return Work(seconds, total.flops, total.bytes)
 
 
-def _pass(before: int, after: int, rank: int, samples: int, programs: int, config: DualConfig, spread: bool) -> Work:
+def primal_work(problem: Problem, sizes: Sizes, config: PrimalConfig, precision: str, *, chained: bool) -> Work:
+    """A meta-step with weights of each task: passes of both sets through all layers, or layer by layer."""
+    network, steps = problem.network, problem.inner.steps
+    size = 2 if precision in ("bf16", "fp16") else 4
+    passes = 0 if problem.outer == "reptile" else max(steps, 1) if problem.multi_step else 1
+    total = Work(2 * CHIP.launch, 0.0, 0.0)  # outer gradient and reduction
+    for samples, times in ((sizes.shots, steps), (sizes.queries, passes)):
+        rows, blocks = sizes.tasks * samples, sizes.tasks * -(-samples // config.samples)
+        left = size * rows * sum(before + after for before, after in pairwise(network.widths))
+        # Products that contract samples; weights are read and written.
+        one = Work(CHIP.launch, 2.0 * rows * network.parameters, left + 8.0 * sizes.tasks * network.parameters)
+        if chained:
+            chain = _waves(blocks) * 2 * network.depth * (CHIP.phase + CHIP.tile)
+            one += Work(CHIP.launch + chain, 4.0 * rows * network.parameters, left + 8.0 * blocks * network.parameters)
+        else:
+            for before, after in pairwise(network.widths):
+                one += _pass(before, after, 0, config.samples, blocks, config, True)
+                one += _pass(after, before, 0, config.samples, blocks, config, True)
+        total += Work(times * one.seconds, times * one.flops, times * one.bytes)
+    seconds = total.seconds + total.flops / CHIP.matrix[precision] + total.bytes / CHIP.cached
+    return Work(seconds, total.flops, total.bytes)
+
+
+def _pass(before: int, after: int, rank: int, samples: int, programs: int, config: TiledConfig, spread: bool) -> Work:
     """A layer's pass over every block of samples: a launch whose features are spread over programs, or a phase of one.
 
     before: features contracted, 0 where the product with the weights is known already.

@@ -6,15 +6,24 @@ Asks Triton of the device, so it is imported only where Triton is.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from .batch import Sizes
-from .engines import dual, fold_step, launching, resident
-from .kernel_costs import CHIP, Work, dual_work, resident_work
-from .kernels.configuration import Config, DualConfig, configuration, dual_configuration, remembered
-from .kernels.resources import REGISTERS, Need, dual_need, resident_need, weight_tiles
+from .engines import dual, fold_step, launching, primal, resident
+from .kernel_costs import CHIP, Work, dual_work, primal_work, resident_work
+from .kernels.configuration import (
+    Config,
+    DualConfig,
+    PrimalConfig,
+    configuration,
+    dual_configuration,
+    primal_configuration,
+    remembered,
+)
+from .kernels.resources import REGISTERS, Need, dual_need, primal_need, resident_need, weight_tiles
 from .kernels.spec import padded
 from .plans import KERNEL_ENGINES, Estimate, LayerPlan, Override, Plan
 from .problem import Problem
@@ -39,6 +48,8 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
         "resident": loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
         "dual": loss or _dual("dual", problem, sizes, told, device, operands),
         "layered": _dual("layered", problem, sizes, told, device, operands),
+        "chained": _primal("chained", problem, sizes, told, device, operands),
+        "primal": _primal("primal", problem, sizes, told, device, operands),
     }
 
 
@@ -201,6 +212,50 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
         dual_work(problem, sizes, usual, precision, layered=engine == "layered"),
         held=4.0 * (numbers + passing),
         reason=f"shared weights and each task's history, {how}, {pack}, {_layout(config, precision)}",
+    )
+
+
+def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
+    inner, network = problem.inner, problem.network
+    if inner.learns_each_step and inner.steps > 1:
+        return "rates of each step take what each has multiplied, of which the kernels keep the sum"
+    forms = tuple("primal" if parts else "shared" for parts in inner.adapt)
+    if told.forms is not None and any(form != "primal" for form in told.forms):
+        return f"the forms {', '.join(told.forms)} are not its own"
+    widest = max(padded(width) for width in network.widths)
+    usual = primal_configuration(device, engine, precision, widest)
+    tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
+    config = next((c for c in (told.config, tuned, usual) if isinstance(c, PrimalConfig)), None)
+    if config is None or usual is None:
+        return f"a layer is {widest} wide when padded, which is more than a program takes through all layers on chip"
+    spec = primal.spec_of(problem, precision, config)
+    need = primal_need(spec, config, engine == "chained")
+    obstacle = _unfit(need, sizes)
+    if obstacle is not None:
+        return obstacle
+    # Bytes of a task: what it has of its own; and what each sample under way leaves.
+    copies = 1 + (spec.momentum or spec.adam) + spec.adam + spec.learns
+    own = 4.0 * spec.parameters * (copies + (inner.max_grad_norm is not None or problem.nonfinite == "skip"))
+    row = (2 if precision in ("bf16", "fp16") else 4) * sum(a + b for a, b in pairwise(network.widths))
+    row += 4 * (sum(network.widths[1:]) if engine == "primal" else network.widths[-1])
+    rows = max(sizes.shots, sizes.queries, 1)
+    if told.config is None:  # no more samples under way than half of the bound has room for, in whole blocks
+        most = int(told.memory_bound // (2 * row)) // config.samples * config.samples
+        config = replace(config, rows=max(min(rows, most), config.samples))
+    how = "a launch a layer, its features spread over programs"
+    if engine == "chained":
+        how = "a program takes its samples through all layers"
+    return _plan(
+        engine,
+        forms,
+        problem,
+        sizes,
+        told,
+        precision,
+        config,
+        primal_work(problem, sizes, usual, precision, chained=engine == "chained"),
+        held=own + row * min(rows, config.rows),
+        reason=f"weights of each task, {how}, {_layout(config, precision)}",
     )
 
 

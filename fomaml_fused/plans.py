@@ -16,7 +16,7 @@ from .text import scaled, table
 if TYPE_CHECKING:
     from .kernels.configuration import Config
 
-KERNEL_ENGINES = ("resident", "dual", "layered")
+KERNEL_ENGINES = ("resident", "dual", "layered", "chained", "primal")
 ENGINES = ("batched", *KERNEL_ENGINES)
 FORMS = ("primal", "dual")
 # Scratch a chunk of tasks may take. Small enough for any machine that trains, far above what a chunk needs to be fast.

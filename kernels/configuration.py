@@ -1,7 +1,7 @@
 """Warps and tiles of a kernel by device and size, from the tables in `configs/`; needs no Triton.
 
-A table lists rules; the first whose bound is not exceeded applies: by the largest weight tile of a network, or by the
-samples in a tile of history. What `fomaml_fused.tune` measures in a process comes before the tables.
+A table lists rules; the first whose bound is not exceeded applies: by the largest weight tile of a network, by the
+samples in a tile of history, or by the widest layer and the bits of operands. What `fomaml_fused.tune` measures in a process comes before the tables.
 """
 
 from __future__ import annotations
@@ -28,20 +28,40 @@ class Config:
 
 
 @dataclass(frozen=True, order=True)
-class DualConfig(Config):
-    """How the dual kernels are laid out; powers of two, and all but `tasks` and `stages` at least 16.
+class TiledConfig(Config):
+    """How kernels are laid out that take a layer by tiles; powers of two, and all but `stages` at least 16.
 
     Attributes:
-        tasks: of a pack; any number.
         features: of a layer's output that are computed at a time.
         contracted: features, or samples of an outer gradient, contracted at a time.
         stages: tiles that are fetched ahead.
     """
 
-    tasks: int = 1
     features: int = 64
     contracted: int = 32
     stages: int = 2
+
+
+@dataclass(frozen=True, order=True)
+class DualConfig(TiledConfig):
+    """How the dual kernels are laid out.
+
+    Attributes:
+        tasks: of a pack; any number.
+    """
+
+    tasks: int = 1
+
+
+@dataclass(frozen=True, order=True)
+class PrimalConfig(TiledConfig):
+    """How the primal kernels are laid out.
+
+    Attributes:
+        rows: samples of a task that are under way at a time, any number; what they leave is kept until weights move.
+    """
+
+    rows: int = 1 << 16
 
 
 def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
@@ -62,7 +82,19 @@ def dual_configuration(device: str, tasks: int, samples: int, history: int) -> D
     """
     for rule in _table(device)["dual"]:
         if history <= rule["history"]:
-            return DualConfig(rule["warps"], samples, tasks, rule["features"], rule["contracted"], rule["stages"])
+            return DualConfig(rule["warps"], samples, rule["features"], rule["contracted"], rule["stages"], tasks)
+    return None
+
+
+def primal_configuration(device: str, engine: str, precision: str, widest: int) -> PrimalConfig | None:
+    """The configuration of the primal kernels on a device; None where no rule takes a layer that wide.
+
+    engine: "primal", a layer a launch; or "chained", all layers.  widest: features of the widest layer, padded.
+    """
+    bits = 16 if precision in ("bf16", "fp16") else 32
+    for rule in _table(device)[engine]:
+        if bits == rule["bits"] and widest <= rule["width"]:
+            return PrimalConfig(rule["warps"], rule["samples"], rule["features"], rule["contracted"], rule["stages"])
     return None
 
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from .activations import activate, keeps_output, pull_back
-from .history import correct, history, load, places, step_rows, store, weigh
-from .losses import expected_classes, sample_losses, takes_classes
+from .history import correct, history, places, step_rows, weigh
+from .layers import linear, linear_backward, load, output_gradient, store
 from .products import dot
 from .spec import (
     activation,
@@ -275,7 +275,7 @@ def _forward(
         if p_base is not None and first_adapted(SPEC) == L:
             b_z = load(p_base, rows, o_f, OUT)
         else:
-            b_z = _linear(p_weight, p_bias, p_now[L], rows, o_f, IN, OUT, SPEC)
+            b_z = linear(p_weight, p_bias, p_now[L], rows, o_f, IN, OUT, SPEC)
         if SPEC.adapts[L]:
             if SPEC.decay:
                 b_z *= tl.load(p_shrink + k * depth(SPEC) + L)
@@ -296,21 +296,6 @@ def _forward_weights(p_h, past, b_c, p_x, rows, L: tl.constexpr, SPEC: tl.conste
 
 
 @triton.jit
-def _linear(p_weight, p_bias, p_x, rows, o_f, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
-    """Features o_f of W_0 Xᵀ + b_0, [F, B]."""
-    BLOCK: tl.constexpr = contracted(SPEC, IN)
-    b_z = tl.zeros([o_f.shape[0], samples(SPEC)], tl.float32)
-    if p_bias is not None:
-        b_z += tl.load(p_bias + o_f, mask=o_f < OUT, other=0.0).to(tl.float32)[:, None]
-    for o in tl.range(0, IN, BLOCK):
-        o_in = o + tl.arange(0, BLOCK)
-        m = (o_f < OUT)[:, None] & (o_in < IN)[None, :]
-        b_w = tl.load(p_weight + o_f[:, None] * IN + o_in[None, :], mask=m, other=0.0).to(tl.float32)
-        b_z = dot(b_w, load(p_x, rows, o_in, IN), b_z, SPEC)
-    return b_z
-
-
-@triton.jit
 def _loss(
     p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, p_first, here, now, k,
     LOSS: tl.constexpr, SPEC: tl.constexpr,
@@ -320,24 +305,8 @@ def _loss(
     OUT: tl.constexpr = width(SPEC, L + 1)
     o_c = tl.arange(0, padded(OUT))
     b_out = load(p_now[L + 1], here, o_c, OUT)
-    if p_cotangent is not None:
-        b_d = load(p_cotangent, here, o_c, OUT)
-    else:
-        rows = now if SPEC.each_step else here
-        i, o, m = rows
-        if takes_classes(LOSS):
-            b_class = tl.load(p_y + i + o, mask=m, other=0).to(tl.int32)[None, :]
-            b_y = expected_classes(b_class, OUT, padded(OUT), LOSS)
-        else:
-            b_y = load(p_y, rows, o_c, OUT)
-        if p_r is None:
-            b_r = tl.where(m, share, 0.0)
-        else:
-            b_r = tl.load(p_r + i + o, mask=m, other=0.0)
-        b_value, b_d = sample_losses(b_out, b_y, OUT, LOSS)
-        b_d = tl.where(m[None, :], b_d * b_r[None, :], 0.0)
-        if p_loss is not None:
-            tl.store(p_loss + i + o, tl.sum(b_value, 0) * b_r, mask=m)
+    rows = now if SPEC.each_step else here
+    b_d = output_gradient(b_out, p_y, p_r, share, p_cotangent, p_loss, here, rows, LOSS, SPEC)
     if p_now_gradients[L] is not None:
         b_kept = b_out if keeps_output(activation(SPEC, L)) else load(p_kept[L], here, o_c, OUT)
         b_d = pull_back(b_d, b_kept, activation(SPEC, L))
@@ -353,18 +322,12 @@ def _backward(
     IN: tl.constexpr = width(SPEC, L)
     OUT: tl.constexpr = width(SPEC, L + 1)
     F: tl.constexpr = features(SPEC, IN)
-    BLOCK: tl.constexpr = contracted(SPEC, OUT)
     if SPEC.adapts[L]:
         past, b_c = history(p_past, first, later, k, K, L, SPEC)
-        b_c = weigh(p_gradients[L], past, b_c, p_now_gradients[L], now, 0.0, OUT, BLOCK, SPEC)
+        b_c = weigh(p_gradients[L], past, b_c, p_now_gradients[L], now, 0.0, OUT, contracted(SPEC, OUT), SPEC)
     for o in tl.range(start * F, IN, step * F, disable_licm=True):
         o_f = o + tl.arange(0, F)
-        b_d = tl.zeros([F, samples(SPEC)], tl.float32)
-        for o in tl.range(0, OUT, BLOCK):
-            o_out = o + tl.arange(0, BLOCK)
-            m = (o_f < IN)[:, None] & (o_out < OUT)[None, :]
-            b_w = tl.load(p_weight + o_out[None, :] * IN + o_f[:, None], mask=m, other=0.0).to(tl.float32)
-            b_d = dot(b_w, load(p_now_gradients[L], now, o_out, OUT), b_d, SPEC)
+        b_d = linear_backward(p_weight, p_now_gradients[L], now, o_f, IN, OUT, SPEC)
         if SPEC.adapts[L]:
             if SPEC.decay:
                 b_d *= tl.load(p_shrink + k * depth(SPEC) + L)

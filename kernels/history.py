@@ -1,13 +1,13 @@
 """What the dual form is made of: where samples and their history lie, products with history, corrections by it.
 
-Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps. `rows` are those
-of a tile: where they begin, which they are from there, and which of them exist. On chip, samples are columns. A layer's
-history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
+Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps; `rows` are as in
+`layers`. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
 """
 
 import triton
 import triton.language as tl
 
+from .layers import load
 from .products import dot
 from .spec import collapses, depth, samples
 
@@ -100,18 +100,3 @@ def correct(b_v, p_h, past, b_weights, o_f, WIDTH: tl.constexpr, SPEC: tl.conste
         b_spoilt = tl.max(tl.where(b_weights == 0.0, 0.0, b_spoilt), 0)[None, :]
         b_v = tl.where(b_spoilt > 0.0, float("nan"), b_v)
     return dot(b_h, b_weights, b_v, SPEC)
-
-
-@triton.jit
-def load(p, rows, o_f, WIDTH: tl.constexpr):
-    """Features o_f of rows as columns, [F, rows]; 0 past their end and in rows that do not exist."""
-    i, o, m = rows
-    m = m[None, :] & (o_f < WIDTH)[:, None]
-    return tl.load(p + i * WIDTH + o[None, :] * WIDTH + o_f[:, None], mask=m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(p, rows, o_f, b_v, WIDTH: tl.constexpr):
-    """Store columns [F, rows] as features o_f of rows."""
-    i, o, m = rows
-    tl.store(p + i * WIDTH + o[None, :] * WIDTH + o_f[:, None], b_v, mask=m[None, :] & (o_f < WIDTH)[:, None])

@@ -33,21 +33,28 @@ def _outer_tile(p_x, p_d, p_partial, unit, i_o, begin, end, L: tl.constexpr, SPE
     F: tl.constexpr = features(SPEC, OUT)
     o_in = i_o % tl.cdiv(IN, WIDE) * WIDE + tl.arange(0, WIDE)
     o_out = i_o // tl.cdiv(IN, WIDE) * F + tl.arange(0, F)
-    b_w = tl.zeros([F, WIDE], tl.float32)
-    b_b = tl.zeros([F], tl.float32)
+    b_w, b_b = product(p_x, p_d, unit, begin, end, o_in, o_out, IN, OUT, SPEC)
+    m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
+    tl.store(p_partial + weight_offset(SPEC, L) + o_out[:, None] * IN + o_in[None, :], b_w, mask=m)
+    if SPEC.biases[L]:
+        if i_o % tl.cdiv(IN, WIDE) == 0:
+            tl.store(p_partial + bias_offset(SPEC, L) + o_out, b_b, mask=o_out < OUT)
+
+
+@triton.jit
+def product(p_x, p_d, unit, begin, end, o_in, o_out, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """Features o_out and o_in of DᵀX over samples from `begin` to `end`, and of the sum of D, times `unit`."""
+    b_w = tl.zeros([o_out.shape[0], o_in.shape[0]], tl.float32)
+    b_b = tl.zeros([o_out.shape[0]], tl.float32)
     for o in tl.range(begin, end, SPEC.contracted):
         o_r = o + tl.arange(0, SPEC.contracted)
         m_d = (o_out < OUT)[:, None] & (o_r < end)[None, :]
         m_x = (o_r < end)[:, None] & (o_in < IN)[None, :]
-        b_d = tl.load(p_d + o_r.to(tl.int64)[None, :] * OUT + o_out[:, None], mask=m_d, other=0.0)
+        b_d = tl.load(p_d + o_r.to(tl.int64)[None, :] * OUT + o_out[:, None], mask=m_d, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + o_r.to(tl.int64)[:, None] * IN + o_in[None, :], mask=m_x, other=0.0).to(tl.float32)
         b_w = dot(b_d, b_x, b_w, SPEC)
         b_b += unit * tl.sum(b_d, 1)
-    m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
-    tl.store(p_partial + weight_offset(SPEC, L) + o_out[:, None] * IN + o_in[None, :], b_w * unit, mask=m)
-    if SPEC.biases[L]:
-        if i_o % tl.cdiv(IN, WIDE) == 0:
-            tl.store(p_partial + bias_offset(SPEC, L) + o_out, b_b, mask=o_out < OUT)
+    return b_w * unit, b_b
 
 
 @triton.jit(do_not_specialize=["N", "P", "T"])

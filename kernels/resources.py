@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .configuration import Config, DualConfig
-from .spec import DualSpec, Spec, contracted, features, full, gathers, padded
+from .configuration import Config, DualConfig, PrimalConfig
+from .spec import DualSpec, PrimalSpec, Spec, contracted, features, full, gathers, padded
 
 REGISTERS = 255  # a thread, on NVIDIA and AMD alike as far as the kernel goes
 
@@ -64,3 +64,26 @@ def dual_need(spec: DualSpec, config: DualConfig, layered: bool) -> Need:
     # What is fetched ahead, and history on its way into operands; more for conversions, and for operands in two parts.
     numbers = config.stages * depth * (max(block, spec.history) + samples) + spec.history * (block + samples)
     return Need(registers, (5 if layered else 7) * numbers)
+
+
+def primal_need(spec: PrimalSpec, config: PrimalConfig, chained: bool) -> Need:
+    """What the primal kernels need for a network and their tiles.
+
+    chained: whether a program takes its samples through all layers; else each launch is of one layer.
+    """
+    threads, half = 32 * config.warps, spec.precision in ("bf16", "fp16")
+    operand = (2 if half else 4) * (2 if spec.precision == "tf32x3" else 1)
+    block = max(features(spec, width) for width in spec.widths)
+    depth = max(contracted(spec, width) for width in spec.widths)
+    # Tiles of a product on their way, fetched ahead; and the sums of a tile.
+    shared = operand * config.stages * depth * (block + max(block, config.samples))
+    registers = 64 + block * max(block, config.samples) // threads
+    # The loss takes all outputs of a tile of samples at once.
+    registers = max(registers, 64 + 4 * padded(spec.widths[-1]) * config.samples // threads)
+    if chained:
+        sides = [padded(width) for width in spec.widths]
+        kept = config.samples * sum(sides[1:]) // threads
+        tiles = weight_tiles(spec.widths)
+        registers = max(registers, 64 + kept + max(tiles, default=0) // threads)
+        shared = max(shared, operand * (max(tiles, default=0) + config.samples * max(sides)))
+    return Need(registers, shared)

@@ -111,19 +111,7 @@ def _followed(points, state, gradients, p_inner, p_rates, k, K, SPEC: tl.constex
         if SPEC.adam:
             b_second = state[1][i]
         if moves(SPEC, i):
-            b_g = gradients[i]
-            if SPEC.decay and not SPEC.decoupled:
-                b_g += tl.load(p_inner + 1) * b_p
-            if SPEC.adam:
-                b_g, b_first, b_second = _adam(b_g, b_first, b_second, p_bounds + 2, k)
-            elif SPEC.momentum:
-                b_first = tl.load(p_inner) * b_first + b_g
-                if SPEC.nesterov:
-                    b_g += tl.load(p_inner) * b_first
-                else:
-                    b_g = b_first
-            if SPEC.decay and SPEC.decoupled:
-                b_g += tl.load(p_inner + 1) * b_p
+            b_g, b_first, b_second = direction(b_p, gradients[i], b_first, b_second, p_inner, p_bounds, k, SPEC)
             b_p -= tl.load(p_rates + i % depth(SPEC)) * b_g
         if SPEC.learns:
             b_sum = state[2][i]
@@ -135,6 +123,27 @@ def _followed(points, state, gradients, p_inner, p_rates, k, K, SPEC: tl.constex
         if SPEC.adam:
             second = second + (b_second,)
     return found, (first, second, directions)
+
+
+@triton.jit
+def direction(b_p, b_g, b_first, b_second, p_inner, p_bounds, k, SPEC: tl.constexpr):
+    """What a rate multiplies at step k, for parameters b_p with a gradient b_g, and what is remembered of it.
+
+    b_first, b_second: the velocity or the first moment, and the second moment, before the step.
+    """
+    if SPEC.decay and not SPEC.decoupled:
+        b_g += tl.load(p_inner + 1) * b_p
+    if SPEC.adam:
+        b_g, b_first, b_second = _adam(b_g, b_first, b_second, p_bounds + 2, k)
+    elif SPEC.momentum:
+        b_first = tl.load(p_inner) * b_first + b_g
+        if SPEC.nesterov:
+            b_g += tl.load(p_inner) * b_first
+        else:
+            b_g = b_first
+    if SPEC.decay and SPEC.decoupled:
+        b_g += tl.load(p_inner + 1) * b_p
+    return b_g, b_first, b_second
 
 
 @triton.jit
@@ -151,11 +160,9 @@ def _adam(b_g, b_first, b_second, p_adam, k):
 def _clipped(gradients, p_bounds, SPEC: tl.constexpr):
     """Gradients with elements, and then the norm of all that moves, no larger than the bounds."""
     if SPEC.clips_value:
-        bound = tl.load(p_bounds + 1)
         found = ()
         for i in tl.static_range(len(gradients)):
-            b_g = tl.minimum(gradients[i], bound, tl.PropagateNan.ALL)
-            found = found + (tl.maximum(b_g, -bound, tl.PropagateNan.ALL),)
+            found = found + (clipped_value(gradients[i], p_bounds),)
         gradients = found
     if SPEC.clips_norm:
         square = tl.full((), 0.0, tl.float32)
@@ -165,6 +172,13 @@ def _clipped(gradients, p_bounds, SPEC: tl.constexpr):
         factor = tl.load(p_bounds) / (tl.sqrt(square) + 1e-6)
         gradients = scaled(gradients, tl.minimum(factor, 1.0, tl.PropagateNan.ALL))
     return gradients
+
+
+@triton.jit
+def clipped_value(b_g, p_bounds):
+    """A gradient with elements no larger than the bound."""
+    bound = tl.load(p_bounds + 1)
+    return tl.maximum(tl.minimum(b_g, bound, tl.PropagateNan.ALL), -bound, tl.PropagateNan.ALL)
 
 
 @triton.jit

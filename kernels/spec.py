@@ -62,22 +62,42 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class DualSpec(Spec):
+class TiledSpec(Spec):
+    """The same for kernels that take a layer by tiles of its features.
+
+    Attributes:
+        features: of a layer's output that are computed at a time; and of its input, contracted at a time.
+        contracted: both powers of two, at least 16.
+    """
+
+    features: int = 64
+    contracted: int = 32
+
+
+@dataclass(frozen=True)
+class PrimalSpec(TiledSpec):
+    """A network and its inner loop in the primal form.
+
+    Attributes:
+        rates: where those of the inner loop come from: "fixed", or learned by "layer" or "element".
+    """
+
+    rates: str = "fixed"
+
+
+@dataclass(frozen=True)
+class DualSpec(TiledSpec):
     """A network and its inner loop in the dual form; `samples` of a tile may be those of several tasks.
 
     Attributes:
         tasks: of a pack, whose samples share tiles.
         support: samples of a tile that holds a pack's support set, a power of two, at least 16.
         history: the same for its samples at all inner steps.
-        features: of a layer's output that are computed at a time; and of its input, contracted at a time.
-        contracted: both powers of two, at least 16.
     """
 
     tasks: int = 1
     support: int = 16
     history: int = 16
-    features: int = 64
-    contracted: int = 32
 
 
 # What kernels ask of a `Spec` while they compile; on the host these are ordinary functions.
@@ -175,19 +195,19 @@ def collapses(SPEC, layer):
 
 @triton.constexpr_function
 def features(SPEC, width):
-    """Of those that the dual kernels compute, as many as they compute at a time."""
+    """Of those that kernels of tiles compute, as many as they compute at a time."""
     return min(SPEC.features, max(16, padded(width)))
 
 
 @triton.constexpr_function
 def contracted(SPEC, width):
-    """Of those that the dual kernels contract, as many as they contract at a time."""
+    """Of those that kernels of tiles contract, as many as they contract at a time."""
     return min(SPEC.contracted, max(16, padded(width)))
 
 
 @triton.constexpr_function
 def outer_tiles(SPEC, layer):
-    """Tiles of the outer gradients of the layers before one, in the dual kernels."""
+    """Tiles of the gradients of the layers before one."""
     tiles = 0
     for i in range(layer):
         before, after = SPEC.widths[i], SPEC.widths[i + 1]

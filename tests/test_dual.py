@@ -58,7 +58,7 @@ def test_everything_at_once(engine: str, options: dict[str, Any], config: DualCo
 def test_random_problems_in_packs_and_tiles(engine: str, case: Case, tasks: int, samples: int, tile: int) -> None:
     fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
     if fits and (engine == "layered" or "callable" not in (case.loss, case.outer_loss)):
-        with ff.override(engine=engine, config=DualConfig(4, samples, tasks, tile, 16)):
+        with ff.override(engine=engine, config=DualConfig(4, samples, tile, 16, tasks=tasks)):
             check(case, per_task=False)
 
 

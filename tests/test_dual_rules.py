@@ -179,7 +179,7 @@ def ruled(draw: st.DrawFn) -> Case:
 def test_rules_drawn_together(engine: str, case: Case, tasks: int) -> None:
     fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
     if fits and takes(engine, case):
-        with ff.override(engine=engine, config=DualConfig(4, 16, tasks, 16, 16)):
+        with ff.override(engine=engine, config=DualConfig(4, 16, 16, 16, tasks=tasks)):
             check(case)
 
 

@@ -13,10 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..batch import Query, Support, cast_targets
+from ..batch import Query, Support
 from ..inner import PARTS
 from ..kernels.configuration import DualConfig
-from ..problem import Loss, Problem
 from . import FlatParameters, Gradients, Outcome, Planned, listed
 from .dual_history import clip, collapse, displacement, distances, fold, rate_gradients, weights_after
 from .dual_launches import (
@@ -25,23 +24,22 @@ from .dual_launches import (
     Samples,
     backward_layer,
     backward_shared_layer,
+    contract,
     forward_layer,
     inner_steps,
     numbers,
     pending_steps,
-    products,
     query_layers,
     query_samples,
     sample_losses,
     spec_of,
     step_layer,
     support_samples,
-    wanted_layers,
 )
-from .launching import new, on_device, pointers, reduce, split
+from .launching import counts as counts_of
+from .launching import loss_of_task, new, of_sound, on_device, part_of_task, pointers, reduce, split, wanted_layers
 from .launching import tensors as contiguous
-from .losses import TaskLoss, task_loss
-from .outer import reptile_outcome
+from .outer import reptile_outcome, total
 
 __all__ = ["adapt", "fast_weights", "pending_steps", "query_backward", "query_pass", "spec_of", "step"]
 
@@ -79,7 +77,7 @@ def step(
             sound = _sound_tasks(passes)
             kept = (sound * share).sum()
             outcomes = [_outcome(adapted, _without(samples, sound), needed) for samples in passes]
-    value, dx, gradients, _ = outcomes[0] if len(outcomes) == 1 else _total(outcomes)
+    value, dx, gradients, _ = outcomes[0] if len(outcomes) == 1 else total(outcomes)
     # The mean over no sample is nan, as torch has it.
     return Outcome(value if query.x.shape[1] or skips else value + math.nan, dx, gradients, kept)
 
@@ -154,7 +152,7 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
         rows = (shots,) if adapted.collapses(i) else (steps, shots)
         gradients[i] = new(device, tasks, *rows, widths[i + 1])
     samples.inputs[:depth], samples.gradients = inputs, gradients
-    counts = None if weight is None else _share(weight)
+    counts = None if weight is None else part_of_task(weight)
     one_matrix, velocity = adapted.collapses(first), None
     each = inner.max_grad_norm is not None or inner.learn_lr is not None or (every and plan.engine == "dual")
     if one_matrix and each:
@@ -190,7 +188,7 @@ def _layer_by_layer(
         cotangent = None
         if problem.loss.name == "callable":
             own = (y[:, k], None if weight is None else weight[:, k]) if adapted.spec.each_step else (y, weight)
-            cotangent = _task_loss(problem, problem.loss, *own).gradient(samples.outputs, 1.0).contiguous()
+            cotangent = loss_of_task(problem, problem.loss, *own).gradient(samples.outputs, 1.0).contiguous()
         sample_losses(adapted, samples, k, y=y, counts=counts, cotangent=cotangent, velocity=velocity, query=False)
         for i in range(adapted.depth - 1, first, -1):
             backward_layer(adapted, samples, i, k, velocity=velocity, query=False)
@@ -221,12 +219,12 @@ def _measure(adapted: Adapted, samples: Samples, query: Query, needed: Sequence[
     lowest = _want(adapted, samples, needed[1:], needed[0])
     problem = adapted.plan.problem
     if problem.outer_loss.name != "callable":
-        counts, samples.unit = _counts(weight, share, *x.shape[:2])
+        counts, samples.unit = counts_of(weight, share, *x.shape[:2])
         samples.losses = new(x.device, *x.shape[:2])
         _query(adapted, samples, lowest, y=y, counts=counts)
         return
     _query(adapted, samples)
-    loss = _task_loss(problem, problem.outer_loss, y, weight)
+    loss = loss_of_task(problem, problem.outer_loss, y, weight)
     samples.losses = (loss.values(samples.outputs) * share)[:, None]
     if lowest < adapted.depth:
         d = loss.gradient(samples.outputs, share if isinstance(share, float) else share[:, None, None])
@@ -242,11 +240,11 @@ def _outcome(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> Outc
 
 def _gradients(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> tuple[Tensor | None, Gradients]:
     """The losses of a query pass, summed, if it has any, and its outer gradients."""
-    wanted = wanted_layers(adapted, needed)
+    wanted = wanted_layers(adapted.spec, needed)
     partials = None
     if any(wanted):
         of_wanted = [d if want else None for d, want in zip(samples.gradients, wanted, strict=True)]
-        partials = products(adapted, samples.inputs, of_wanted, samples.unit)
+        partials = contract(adapted, samples.inputs, of_wanted, samples.unit)
     losses = None if samples.losses is None else samples.losses.flatten()
     flat, value = reduce(partials, losses, share=samples.unit)
     if not any(needed[len(PARTS) * adapted.depth :]):
@@ -254,18 +252,6 @@ def _gradients(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> tu
     gradients = split(adapted.spec, flat, [True] * len(needed))
     gradients[-1] = rate_gradients(adapted, samples, gradients)
     return value, [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-
-
-def _total(outcomes: Sequence[Outcome]) -> Outcome:
-    """The sum of the outcomes of several query passes."""
-    values, features, gradients, _ = zip(*outcomes, strict=True)
-    summed = [_sum(parts) for parts in zip(*gradients, strict=True)]
-    return Outcome(torch.stack(values).sum(), _sum(features), summed)
-
-
-def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.stack(present).sum(0) if present else None
 
 
 def _sound_tasks(passes: Sequence[Samples]) -> Tensor:
@@ -288,7 +274,7 @@ def _without(samples: Samples, sound: Tensor) -> Samples:
     """A query pass in which all but the sound tasks are 0."""
 
     def of(values: Tensor | None) -> Tensor | None:
-        return None if values is None else torch.where(sound.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+        return None if values is None else of_sound(values, sound)
 
     inputs, gradients = ([of(values) for values in layers] for layers in (samples.inputs, samples.gradients))
     dx, losses = of(samples.dx), of(samples.losses)
@@ -298,7 +284,7 @@ def _without(samples: Samples, sound: Tensor) -> Samples:
 def _want(adapted: Adapted, samples: Samples, needed: Sequence[bool], features: bool) -> int:
     """Make room for gradients; returns the lowest layer whose pre-activations' are wanted, -1 for the features'."""
     x = _present(samples.inputs[0])
-    wanted = wanted_layers(adapted, needed)
+    wanted = wanted_layers(adapted.spec, needed)
     lowest = -1 if features else wanted.index(True) if True in wanted else adapted.depth
     if lowest < adapted.depth:
         # The kernels stop at the first layer that moves at the earliest.
@@ -332,32 +318,6 @@ def _query(
             backward_layer(adapted, samples, i, k, query=True)
     for i in range(first - 1, lowest, -1):
         backward_shared_layer(adapted, samples, i)
-
-
-def _counts(weight: Tensor | None, share: float | Tensor, tasks: int, queries: int) -> tuple[Tensor | None, float]:
-    """What each sample counts in the meta-loss, [T, Q] or None where all are alike, and the unit it is counted in.
-
-    In that unit gradients are of the size of a sample's own, which 16 bits hold.
-    """
-    per_task = max(queries, 1)
-    counts = None if weight is None else _share(weight) * per_task
-    if not isinstance(share, Tensor):
-        return counts, share / per_task
-    # Shares of a mean over tasks are near 1 / T, of a sum near 1, and which they are only the device knows.
-    middle = math.sqrt(tasks)
-    shares = share.float()[:, None] * middle
-    return (shares.expand(tasks, queries).contiguous() if counts is None else counts * shares), 1 / (per_task * middle)
-
-
-def _share(weight: Tensor) -> Tensor:
-    """What each sample counts in the loss of its task."""
-    weight = weight.float()
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def _task_loss(problem: Problem, loss: Loss, y: Tensor, weight: Tensor | None) -> TaskLoss:
-    weight = None if weight is None else weight.float()
-    return task_loss(loss, cast_targets(y, torch.float32), weight, problem.network.out_features, torch.float32)
 
 
 def _present(value: Tensor | None) -> Tensor:

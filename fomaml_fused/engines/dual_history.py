@@ -15,8 +15,8 @@ from torch import Tensor
 from ..inner import PARTS
 from . import Gradients, fold_step
 from .coefficients import coefficients
-from .dual_launches import Adapted, Layers, Own, Samples, products, wanted_layers
-from .launching import layers, reduce
+from .dual_launches import Adapted, Layers, Own, Samples, contract
+from .launching import layers, of_sound, reduce, wanted_layers
 
 
 def weights_after(adapted: Adapted, i: int, k: int, tasks: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +91,7 @@ def displacement(adapted: Adapted, shares: Tensor, needed: Sequence[bool], sound
     shares: [T].  needed: of which parameters.  sound: the tasks that count, [T], where others may hold what is not
     finite; else None.
     """
-    wanted = wanted_layers(adapted, needed)
+    wanted = wanted_layers(adapted.spec, needed)
     moving = [i for i in adapted.moving if wanted[i]]
     pairs = _displaced_by_history(adapted, [i for i in moving if i not in adapted.own], shares, sound)
     found: Gradients = [None] * len(needed)
@@ -120,7 +120,7 @@ def _displaced_by_history(
     inputs: Layers = [None] * (adapted.depth + 1)
     gradients: Layers = [None] * adapted.depth
     for i in which:
-        inputs[i], d = (_of_sound(_float(t), sound) for t in (adapted.inputs[i], adapted.gradients[i]))
+        inputs[i], d = (of_sound(_float(t), sound) for t in (adapted.inputs[i], adapted.gradients[i]))
         past = 1.0 if adapted.collapses(i) else adapted.numbers.of.history[adapted.taken, i, :, None, None]
         gradients[i] = d * (past * shares.view(-1, *[1] * (d.dim() - 1)))
     found: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -128,7 +128,7 @@ def _displaced_by_history(
     for group in ([i for i in which if adapted.collapses(i)], [i for i in which if not adapted.collapses(i)]):
         if group:
             of_group = [d if i in group else None for i, d in enumerate(gradients)]
-            flat, _ = reduce(products(adapted, inputs, of_group, largest / middle))
+            flat, _ = reduce(contract(adapted, inputs, of_group, largest / middle))
             assert flat is not None
             laid_out = layers(adapted.spec, flat)
             found |= {i: laid_out[i] for i in group}
@@ -164,7 +164,7 @@ def _products_with_steps(adapted: Adapted, samples: Samples, i: int) -> Tensor:
         of_inputs = torch.bmm(x_query, x[:, :k].flatten(1, 2).mT).view_as(of_gradients)
     if adapted.spec.biases[i]:
         of_inputs += 1.0
-    return _of_sound((of_inputs * of_gradients).sum((1, 3)), samples.sound).sum(0)
+    return of_sound((of_inputs * of_gradients).sum((1, 3)), samples.sound).sum(0)
 
 
 def _product_with_start(adapted: Adapted, gradients: Gradients, i: int) -> Tensor:
@@ -213,13 +213,9 @@ def _each_step(adapted: Adapted, i: int) -> Tensor | None:
     return adapted.first_gradients if adapted.collapses(i) else adapted.gradients[i]
 
 
-def _of_sound(values: Tensor, sound: Tensor | None) -> Tensor:
-    return values if sound is None else torch.where(sound.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
-
-
 def _shared(values: Tensor, shares: Tensor, sound: Tensor | None) -> Tensor:
     """Values of tasks [T, ...] times their shares, summed."""
-    weighted: Tensor = _of_sound(values, sound) * shares.view(-1, *[1] * (values.dim() - 1))
+    weighted: Tensor = of_sound(values, sound) * shares.view(-1, *[1] * (values.dim() - 1))
     return weighted.sum(0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -10,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inner import PARTS
-from ..kernels import dual, outer
+from ..kernels import dual
 from ..kernels.activations import keeps_output
 from ..kernels.configuration import DualConfig
-from ..kernels.spec import DualSpec, features, outer_tiles, padded
+from ..kernels.spec import DualSpec, features, padded
 from ..problem import Problem
 from . import FlatParameters, Planned, fold_step, rates_of
 from .coefficients import TensorCoefficients, tensor_coefficients
-from .launching import compiled_for, inner_numbers, multiprocessors, new, options
+from .launching import compiled_for, inner_numbers, multiprocessors, new, options, products
 
 Layers = list[Tensor | None]  # something of each layer
 
@@ -339,32 +337,9 @@ def step_layer(adapted: Adapted, i: int, own: Own, k: int) -> None:
     )  # fmt: skip
 
 
-def products(adapted: Adapted, inputs: Sequence[Tensor | None], gradients: Layers, unit: float) -> Tensor:
-    """Partial sums of DᵀX over all samples, and of D, times `unit`; of all parameters [splits, parameters].
-
-    inputs, gradients: of each layer X [..., in] and D [..., out], with as many samples in all; None where none of it is
-    wanted, and then that part is not written.
-    """
-    spec, config = adapted.spec, adapted.plan.config
-    assert isinstance(config, DualConfig)
-    found = next(d for d in gradients if d is not None)
-    rows, tiles = found.numel() // found.shape[-1], outer_tiles(spec, adapted.depth)
-    # Enough programs that no multiprocessor idles, each with enough samples to be worth its partial sum.
-    splits = max(1, min(2 * multiprocessors(found.device) // tiles, rows // (4 * spec.contracted)))
-    length = -(-rows // splits // spec.contracted) * spec.contracted if rows else spec.contracted
-    splits = max(1, -(-rows // length))
-    partials = new(found.device, splits, spec.parameters)
-    outer.outer_kernel[tiles, splits](
-        tuple(inputs), tuple(gradients), partials, unit, rows, length, spec, **_options(adapted.plan)
-    )
-    return partials
-
-
-def wanted_layers(adapted: Adapted, needed: Sequence[bool]) -> list[bool]:
-    """Whether something is to be known of each layer's query gradient; needed: of each parameter, and learned rates."""
-    of = len(PARTS) * adapted.depth
-    wanted = [w or b for w, b in zip(needed[0 : of : len(PARTS)], needed[1 : of : len(PARTS)], strict=True)]
-    return [want or (any(needed[of:]) and adapted.spec.adapts[i]) for i, want in enumerate(wanted)]
+def contract(adapted: Adapted, inputs: Layers, gradients: Layers, unit: float) -> Tensor:
+    """As `products` of launching."""
+    return products(adapted.spec, _options(adapted.plan), inputs, gradients, unit)
 
 
 def _layer(adapted: Adapted, samples: Samples, i: int) -> tuple[Tensor | None, Tensor | None, bool, DualSpec]:

@@ -17,13 +17,14 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..batch import Query, Support
+from ..batch import Query, Support, cast_targets
 from ..inner import PARTS
 from ..kernels import outer
 from ..kernels.resources import REGISTERS
-from ..kernels.spec import Spec, bias_offset, weight_offset
+from ..kernels.spec import Spec, TiledSpec, bias_offset, outer_tiles, weight_offset
 from ..problem import Loss, Problem
 from . import FlatParameters, Gradients
+from .losses import TaskLoss, task_loss
 
 # The ordered reduction: rows and columns of a tile of gradients, losses at a time, and how it is launched.
 REDUCTION = {"ROWS": 16, "BLOCK": 64, "LOSSES": 512}
@@ -113,9 +114,76 @@ def reduce(
     return gradient, value
 
 
-def new(device: torch.device, *shape: int) -> Tensor:
-    """Uninitialised float32 numbers."""
-    return torch.empty(shape, dtype=torch.float32, device=device)
+def products(
+    spec: TiledSpec,
+    launch: dict[str, int | bool],
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    unit: float,
+) -> Tensor:
+    """Partial sums of DᵀX over all samples, and of D, times `unit`; of all parameters [splits, parameters].
+
+    inputs, gradients: of each layer X [..., in] and D [..., out], with as many samples in all; None where none of it is
+    wanted, and then that part is not written.  launch: as of `options`.
+    """
+    found = next(d for d in gradients if d is not None)
+    rows, tiles = found.numel() // found.shape[-1], outer_tiles(spec, len(spec.activations))
+    splits, length = split_samples(spec, rows, tiles, found.device)
+    partials = new(found.device, splits, spec.parameters)
+    outer.outer_kernel[tiles, splits](tuple(inputs), tuple(gradients), partials, unit, rows, length, spec, **launch)
+    return partials
+
+
+def split_samples(spec: TiledSpec, rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """How many parts a sum over so many rows has, and the rows of a part, where each of so many tiles has that sum."""
+    # Enough programs that no multiprocessor idles, each with enough samples to be worth its partial sum.
+    splits = max(1, min(2 * multiprocessors(device) // max(tiles, 1), rows // (4 * spec.contracted)))
+    length = -(-rows // splits // spec.contracted) * spec.contracted if rows else spec.contracted
+    return max(1, -(-rows // length)), length
+
+
+def wanted_layers(spec: Spec, needed: Sequence[bool]) -> list[bool]:
+    """Whether something is to be known of each layer's query gradient; needed: of each parameter, and learned rates."""
+    of = len(PARTS) * len(spec.activations)
+    wanted = [w or b for w, b in zip(needed[0 : of : len(PARTS)], needed[1 : of : len(PARTS)], strict=True)]
+    return [want or (any(needed[of:]) and spec.adapts[i]) for i, want in enumerate(wanted)]
+
+
+def counts(weight: Tensor | None, share: float | Tensor, tasks: int, samples: int) -> tuple[Tensor | None, float]:
+    """What each sample counts in a sum of tasks' mean losses, [T, N] or None where all are alike, and its unit.
+
+    share: what each task counts. In that unit gradients are of the size of a sample's own, which 16 bits hold.
+    """
+    per_task = max(samples, 1)
+    found = None if weight is None else part_of_task(weight) * per_task
+    if not isinstance(share, Tensor):
+        return found, share / per_task
+    # Shares of a mean over tasks are near 1 / T, of a sum near 1, and which they are only the device knows.
+    middle = math.sqrt(tasks)
+    shares = share.float()[:, None] * middle
+    return (shares.expand(tasks, samples).contiguous() if found is None else found * shares), 1 / (per_task * middle)
+
+
+def part_of_task(weight: Tensor) -> Tensor:
+    """What each sample counts in the loss of its task."""
+    weight = weight.float()
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def loss_of_task(problem: Problem, loss: Loss, y: Tensor, weight: Tensor | None) -> TaskLoss:
+    """A loss in torch, which may be a callable, for what kernels leave of outputs."""
+    weight = None if weight is None else weight.float()
+    return task_loss(loss, cast_targets(y, torch.float32), weight, problem.network.out_features, torch.float32)
+
+
+def of_sound(values: Tensor, sound: Tensor | None) -> Tensor:
+    """What there is of each task [T, ...], 0 for those that do not count; sound: which do, [T], or None for all."""
+    return values if sound is None else torch.where(sound.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+
+
+def new(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised numbers."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _loss(loss: Loss) -> tuple[str, tuple[float, ...]]:

@@ -115,6 +115,18 @@ def reptile_outcome(
     return Outcome((kept(values, keep) * shares).sum(), None, gradients, total)
 
 
+def total(outcomes: Sequence[Outcome]) -> Outcome:
+    """The sum of the outcomes of several query passes."""
+    values, features, gradients, _ = zip(*outcomes, strict=True)
+    summed = [_sum(parts) for parts in zip(*gradients, strict=True)]
+    return Outcome(torch.stack(values).sum(), _sum(features), summed)
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present).sum(0) if present else None
+
+
 def _add(gradients: Gradients, i: int, gradient: Tensor) -> None:
     before = gradients[i]
     gradients[i] = gradient if before is None else before.add_(gradient)
