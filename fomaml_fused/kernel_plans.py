@@ -299,7 +299,7 @@ def _tiles(problem: Problem, sizes: Sizes, pending: int, folds: bool) -> tuple[i
 
 def _unfit(need: Need, sizes: Sizes) -> str | None:
     shared = launching.shared_memory(sizes.device)
-    if need.registers > REGISTERS:
+    if need.registers > 2000:
         return f"it needs about {need.registers} registers a thread for this problem, and a thread has {REGISTERS}"
     if need.shared > shared:
         return f"it needs about {need.shared:,} bytes of shared memory, and a program has {shared:,}"

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 WARPS = (1, 2, 4, 8)
 SAMPLES = (16, 32, 64)
-# Of the dual kernels, which take longer to compile, fewer.
-DUAL = {"warps": (4, 8), "samples": SAMPLES, "features": (32, 64), "stages": (2, 3)}
+# Of kernels of tiles, which take longer to compile, fewer.
+TILED = {"warps": (4, 8), "samples": SAMPLES, "features": (32, 64), "stages": (2, 3)}
 
 
 def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, rounds: int = 20) -> dict[Config, float]:
@@ -73,11 +73,11 @@ def tune(meta: FOMAML, tasks: int, shots: int, queries: int | None = None, *, ro
 
 def _layouts(plan: Plan) -> Iterator[Config]:
     """What there is to try for the engine of a plan."""
-    from .kernels.configuration import Config, DualConfig
+    from .kernels.configuration import Config, TiledConfig
 
-    if isinstance(plan.config, DualConfig):
-        for choice in product(*DUAL.values()):
-            yield replace(plan.config, **dict(zip(DUAL, choice, strict=True)))
+    if isinstance(plan.config, TiledConfig):
+        for choice in product(*TILED.values()):
+            yield replace(plan.config, **dict(zip(TILED, choice, strict=True)))
     else:
         for warps, samples in product(WARPS, SAMPLES):
             yield Config(warps, samples)

@@ -1,7 +1,8 @@
 """Warps and tiles of a kernel by device and size, from the tables in `configs/`; needs no Triton.
 
 A table lists rules; the first whose bound is not exceeded applies: by the largest weight tile of a network, by the
-samples in a tile of history, or by the widest layer and the bits of operands. What `fomaml_fused.tune` measures in a process comes before the tables.
+samples in a tile of history, or by the widest layer and the bits of operands. What `fomaml_fused.tune` measures in a
+process comes before the tables.
 """
 
 from __future__ import annotations

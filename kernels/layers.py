@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .losses import expected_classes, sample_losses, takes_classes
 from .products import dot
-from .spec import contracted, depth, padded, samples, width
+from .spec import contracted, depth, samples, width
 
 
 @triton.jit
@@ -63,14 +63,14 @@ def output_gradient(b_out, p_y, p_r, share, p_cotangent, p_loss, here, rows, LOS
     or None where that is not wanted.
     """
     OUT: tl.constexpr = width(SPEC, depth(SPEC))
-    o_c = tl.arange(0, padded(OUT))
+    o_c = tl.arange(0, b_out.shape[0])
     if p_cotangent is not None:
         b_d = load(p_cotangent, here, o_c, OUT)
     else:
         i, o, m = rows
         if takes_classes(LOSS):
             b_class = tl.load(p_y + i + o, mask=m, other=0).to(tl.int32)[None, :]
-            b_y = expected_classes(b_class, OUT, padded(OUT), LOSS)
+            b_y = expected_classes(b_class, OUT, b_out.shape[0], LOSS)
         else:
             b_y = load(p_y, rows, o_c, OUT)
         if p_r is None:

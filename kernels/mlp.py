@@ -19,7 +19,7 @@ def forward(b_h, weights, biases, SPEC: tl.constexpr):
     kept = ()
     for i in tl.static_range(depth(SPEC)):
         inputs = inputs + (b_h,)
-        b_h, b_kept = layer(b_h, weights[i], biases[i], width(SPEC, i), width(SPEC, i + 1), activation(SPEC, i), SPEC)
+        b_h, b_kept = _layer(b_h, weights[i], biases[i], width(SPEC, i), width(SPEC, i + 1), activation(SPEC, i), SPEC)
         kept = kept + (b_kept,)
     return b_h, inputs, kept
 
@@ -42,7 +42,7 @@ def backward(
             b_d = pull_back(b_d, kept[i], activation(SPEC, i))
             b_g = b_d
             if i > lowest(MOVING, FEATURES) or FEATURES:
-                b_d = layer_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
+                b_d = _linear_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
             if MOVING[i]:
                 rate = -1.0
                 if p_rates is not None:
@@ -56,7 +56,7 @@ def backward(
 
 
 @triton.jit
-def layer(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, SPEC: tl.constexpr):
+def _layer(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, SPEC: tl.constexpr):
     """A layer on [IN, B]: its output and what its derivative is taken from, both [OUT, B]."""
     b_z = _linear(b_h, b_w, b_b, IN, OUT, SPEC)
     b_h = activate(b_z, ACTIVATION)
@@ -80,8 +80,8 @@ def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constex
 
 
 @triton.jit
-def layer_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
-    """A layer in reverse: W.T @ D, [IN, B]."""
+def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """W.T @ D, [IN, B]."""
     if IN == 1:
         b_dx = tl.sum(b_w[:, None] * b_d, 0)[None, :]
     elif OUT == 1:

@@ -16,10 +16,10 @@ A task's parameters lie end to end, [T, parameters], as `spec` lays them out. Sa
 import triton
 import triton.language as tl
 
-from .activations import activate, keeps_output, pull_back
+from .activations import activate, keeps_output, leaves_zero, pull_back
 from .layers import linear, linear_backward, load, output_gradient, store
-from .mlp import layer, layer_backward
 from .outer import product
+from .products import dot
 from .rules import clipped_value, direction
 from .spec import (
     activation,
@@ -34,7 +34,6 @@ from .spec import (
     weight_offset,
     width,
 )
-from .tiles import load_layer
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -47,39 +46,38 @@ def pass_kernel(
     p_weights, p_biases: of each layer [out, in] and [out], or None.  p_fast: those of each task [T, parameters], or
     None; OWN: whether layers that move are read from there.  p_x: [T, N, in].  p_y: class indices [T, N] or values [T,
     N, out], or None.  p_r: what each sample counts, [T, N], or None where all count `share`.  p_cotangent: gradient of
-    the outputs [T, N, out], in place of targets.  LOWEST: the lowest layer whose D is wanted.  QUERY: whose loss it is.
+    the outputs [T, N, out], in place of targets.  LOWEST: the lowest layer whose D is wanted, -1 for p_dx.  QUERY: whose loss it is.
 
     p_inputs: X of each layer [T, N, in]; None of the first, whose is p_x, and where it is not wanted.  p_gradients: D
     [T, N, out], or None where not wanted.  p_out: outputs [T, N, out].  p_loss: of each sample, times what it counts,
     [T, N].  p_dx: gradient of p_x, times `unit`.  The last three may be None.
     """
     i_t, rows = _block(N, SPEC)
-    b_h = load(p_x, rows, tl.arange(0, padded(width(SPEC, 0))), width(SPEC, 0))
+    h = ()
+    for f in tl.static_range(_chunks(SPEC, 0)):
+        h = h + (load(p_x, rows, _features(f, 0, SPEC), width(SPEC, 0)),)
     kept = ()
     for i in tl.static_range(depth(SPEC)):
         if p_inputs[i] is not None:
-            store(p_inputs[i], rows, tl.arange(0, padded(width(SPEC, i))), b_h, width(SPEC, i))
+            _store(p_inputs[i], rows, h, i, SPEC)
         p_weight, p_bias = _parameters(p_weights[i], p_biases[i], p_fast, i_t, OWN, i, SPEC)
-        b_w, b_b = load_layer(p_weight, p_bias, i, SPEC)
-        b_h, b_kept = layer(b_h, b_w, b_b, width(SPEC, i), width(SPEC, i + 1), activation(SPEC, i), SPEC)
-        kept = kept + (b_kept,)
-    OUT: tl.constexpr = width(SPEC, depth(SPEC))
+        h, left = _layer(h, p_weight, p_bias, i, SPEC)
+        kept = kept + (left,)
     if p_out is not None:
-        store(p_out, rows, tl.arange(0, padded(OUT)), b_h, OUT)
+        _store(p_out, rows, h, depth(SPEC), SPEC)
     if p_y is not None or p_cotangent is not None:
         LOSS: tl.constexpr = query_loss(SPEC) if QUERY else support_loss(SPEC)
-        b_d = output_gradient(b_h, p_y, p_r, share, p_cotangent, p_loss, rows, rows, LOSS, SPEC)
+        d = (output_gradient(h[0], p_y, p_r, share, p_cotangent, p_loss, rows, rows, LOSS, SPEC),)
         for i in tl.static_range(depth(SPEC) - 1, -1, -1):
             if i >= LOWEST:
-                b_d = pull_back(b_d, kept[i], activation(SPEC, i))
+                d = _pulled_back(d, kept[i], i, SPEC)
                 if p_gradients[i] is not None:
-                    store(p_gradients[i], rows, tl.arange(0, padded(width(SPEC, i + 1))), b_d, width(SPEC, i + 1))
-                if i > LOWEST or p_dx is not None:
-                    p_weight, p_bias = _parameters(p_weights[i], p_biases[i], p_fast, i_t, OWN, i, SPEC)
-                    b_w, _b = load_layer(p_weight, None, i, SPEC)
-                    b_d = layer_backward(b_d, b_w, width(SPEC, i), width(SPEC, i + 1), SPEC)
+                    _store(p_gradients[i], rows, d, i + 1, SPEC)
+                if i > LOWEST:
+                    p_weight, _bias = _parameters(p_weights[i], None, p_fast, i_t, OWN, i, SPEC)
+                    d = _layer_backward(d, p_weight, i, SPEC)
         if p_dx is not None:
-            store(p_dx, rows, tl.arange(0, padded(width(SPEC, 0))), b_d * unit, width(SPEC, 0))
+            _store(p_dx, rows, _scaled(d, unit), 0, SPEC)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -223,6 +221,95 @@ def update_kernel(
                     p_weights[i], p_biases[i], p_fast, p_first, p_second, p_directions, p_inner, p_rates, b_w, b_b,
                     i_t, i_in, o_in, o_out, K, k, OWN, i, SPEC,
                 )  # fmt: skip
+
+
+@triton.constexpr_function
+def _chunk(SPEC, i):
+    """Features of a tile where a program holds all that enter layer i: no more than sm_90's matrix unit has rows.
+
+    Of the outputs, which a loss takes together, all.
+    """
+    whole = max(16, padded(width(SPEC, i)))
+    return whole if i == depth(SPEC) else min(64, whole)
+
+
+@triton.constexpr_function
+def _chunks(SPEC, i):
+    return -(-width(SPEC, i) // _chunk(SPEC, i))
+
+
+@triton.jit
+def _features(f, i: tl.constexpr, SPEC: tl.constexpr):
+    return f * _chunk(SPEC, i) + tl.arange(0, _chunk(SPEC, i))
+
+
+@triton.jit
+def _layer(h, p_weight, p_bias, L: tl.constexpr, SPEC: tl.constexpr):
+    """Layer L of samples whose features are tiles [chunk, B]: its output and what its derivative is taken from."""
+    IN: tl.constexpr = width(SPEC, L)
+    OUT: tl.constexpr = width(SPEC, L + 1)
+    found = ()
+    kept = ()
+    for f in tl.static_range(_chunks(SPEC, L + 1)):
+        o_out = _features(f, L + 1, SPEC)
+        b_z = tl.zeros([_chunk(SPEC, L + 1), samples(SPEC)], tl.float32)
+        if p_bias is not None:
+            b_z += tl.load(p_bias + o_out, mask=o_out < OUT, other=0.0).to(tl.float32)[:, None]
+        for c in tl.static_range(_chunks(SPEC, L)):
+            o_in = _features(c, L, SPEC)
+            m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
+            b_w = tl.load(p_weight + o_out[:, None] * IN + o_in[None, :], mask=m, other=0.0).to(tl.float32)
+            b_z = dot(b_w, h[c], b_z, SPEC)
+        b_h = activate(b_z, activation(SPEC, L))
+        if not leaves_zero(activation(SPEC, L)):
+            b_h = tl.where((o_out < OUT)[:, None], b_h, 0.0)
+        found = found + (b_h,)
+        if keeps_output(activation(SPEC, L)):
+            b_z = b_h
+        kept = kept + (b_z,)
+    return found, kept
+
+
+@triton.jit
+def _layer_backward(d, p_weight, L: tl.constexpr, SPEC: tl.constexpr):
+    """Layer L in reverse: the gradient of its input, from that of its pre-activations."""
+    IN: tl.constexpr = width(SPEC, L)
+    OUT: tl.constexpr = width(SPEC, L + 1)
+    found = ()
+    for c in tl.static_range(_chunks(SPEC, L)):
+        o_in = _features(c, L, SPEC)
+        b_d = tl.zeros([_chunk(SPEC, L), samples(SPEC)], tl.float32)
+        for f in tl.static_range(_chunks(SPEC, L + 1)):
+            o_out = _features(f, L + 1, SPEC)
+            m = (o_in < IN)[:, None] & (o_out < OUT)[None, :]
+            b_w = tl.load(p_weight + o_out[None, :] * IN + o_in[:, None], mask=m, other=0.0).to(tl.float32)
+            b_d = dot(b_w, d[f], b_d, SPEC)
+        found = found + (b_d,)
+    return found
+
+
+@triton.jit
+def _pulled_back(d, kept, L: tl.constexpr, SPEC: tl.constexpr):
+    """The gradient of layer L's pre-activations, from that of its output."""
+    found = ()
+    for f in tl.static_range(len(d)):
+        found = found + (pull_back(d[f], kept[f], activation(SPEC, L)),)
+    return found
+
+
+@triton.jit
+def _scaled(d, scale):
+    found = ()
+    for f in tl.static_range(len(d)):
+        found = found + (d[f] * scale,)
+    return found
+
+
+@triton.jit
+def _store(p, rows, h, i: tl.constexpr, SPEC: tl.constexpr):
+    """Store tiles of what enters layer i."""
+    for f in tl.static_range(_chunks(SPEC, i)):
+        store(p, rows, _features(f, i, SPEC), h[f], width(SPEC, i))
 
 
 @triton.jit

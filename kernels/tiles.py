@@ -38,22 +38,14 @@ def load_parameters(p_weights, p_biases, SPEC: tl.constexpr):
     weights = ()
     biases = ()
     for i in tl.static_range(depth(SPEC)):
-        b_w, b_b = load_layer(p_weights[i], p_biases[i] if SPEC.biases[i] else None, i, SPEC)
-        weights = weights + (b_w,)
-        biases = biases + (b_b,)
+        o, m = _weight_tile(SPEC, i)
+        weights = weights + (tl.load(p_weights[i] + o, mask=m, other=0.0).to(tl.float32),)
+        o, m = _vector(width(SPEC, i + 1))
+        if SPEC.biases[i]:
+            biases = biases + (tl.load(p_biases[i] + o, mask=m, other=0.0).to(tl.float32),)
+        else:
+            biases = biases + (tl.zeros(o.shape, tl.float32),)
     return weights, biases
-
-
-@triton.jit
-def load_layer(p_weight, p_bias, i: tl.constexpr, SPEC: tl.constexpr):
-    """Weight [OUT, IN] and bias [OUT] of layer i as tiles; 0 for a bias that is None."""
-    o, m = _weight_tile(SPEC, i)
-    b_w = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32)
-    o, m = _vector(width(SPEC, i + 1))
-    b_b = tl.zeros(o.shape, tl.float32)
-    if p_bias is not None:
-        b_b = tl.load(p_bias + o, mask=m, other=0.0).to(tl.float32)
-    return b_w, b_b
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What every engine of kernels owes: the oracle's numbers, in every option and precision, and torch's own manners.
 
-`test_resident.py` and `test_dual.py` run it for their engines, interpreted, on Triton's active driver, or on a GPU
-(`--kernels`).
+`test_resident.py`, `test_dual.py` and `test_primal.py` run it for their engines, interpreted, on Triton's active
+driver, or on a GPU (`--kernels`).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class KernelContract:
     @given(case=cases())
     @settings(max_examples=12 if INTERPRETED else 8)
     def test_random_problems(self, engine: str, case: Case) -> None:
-        if engine == "layered" or "callable" not in (case.loss, case.outer_loss):
+        if engine not in ("resident", "dual") or "callable" not in (case.loss, case.outer_loss):
             check(case, per_task=False)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

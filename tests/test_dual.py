@@ -124,7 +124,7 @@ def test_tuning_takes_the_fastest_layout_from_then_on(engine: str, monkeypatch: 
 
     from fomaml_fused import tuning
 
-    monkeypatch.setattr(tuning, "DUAL", {"features": (16, 32), "stages": (2, 3)})
+    monkeypatch.setattr(tuning, "TILED", {"features": (16, 32), "stages": (2, 3)})
     monkeypatch.setattr(configuration, "_tuned", {})
     meta = ff.FOMAML(Case(widths=(3, 17, 4)).model(torch.float32), backend="triton")
     with ff.override(engine=engine):

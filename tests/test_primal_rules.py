@@ -1,0 +1,168 @@
+"""The rules of inner and outer loop on the primal engines, against the oracle: value, features and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import fomaml_fused as ff
+
+from .cases import Case, assert_no_worse_than_twice, relative_error
+from .kernel_contract import INTERPRETED, watched
+from .with_rules import check, predicted, ruled, solution, solved
+
+pytest.importorskip("triton")
+
+from fomaml_fused.kernels.configuration import PrimalConfig
+
+__all__ = ["watched"]
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+
+ENGINES = pytest.mark.parametrize("engine", ["chained", "primal"])
+WHOLE = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+DECOUPLED = {"weight_decay": 0.3, "decoupled_weight_decay": True}
+ADAM = {"optimizer": "adam", "weight_decay": 0.1, "lr": 0.05}
+RULES: list[dict[str, Any]] = [
+    {**WHOLE, "lr": [[0.1], [0.05], [0.2]]},
+    {**WHOLE, **DECOUPLED, "adapt": [0, 2]},
+    {**DECOUPLED, "bias": False},
+    {"momentum": 0.9, "nesterov": True, "steps": 1},
+    ADAM,
+    {**ADAM, **DECOUPLED, "adapt": [1], "weighted": True, "bias": False},
+    {**ADAM, "outer": "reptile"},
+    {**ADAM, "step_weights": (0.5, 0.2, 0.3), "max_grad_norm": 0.3, "max_grad_value": 0.1},
+    {"max_grad_value": 0.04},
+    {"max_grad_value": 0.04, **WHOLE, "weighted": True, "loss": "cross_entropy"},
+    {"max_grad_norm": 0.3, "bias": False},
+    {"max_grad_norm": 0.3, "max_grad_value": 0.1, "momentum": 0.9, "loss": "callable", "adapt": [1, 2]},
+    {"outer": "reptile", **WHOLE, "weighted": True, "reduction": "sum"},
+    {"outer": "reptile", "adapt": []},
+    {"outer": "reptile", "steps": 0},
+    {"outer": "reptile", "nonfinite": "skip", "bias": False},
+    {"step_weights": (0.25, 0.0, 0.75)},
+    {"step_weights": (0.5, 1.0, 1.0), "adapt": [1], "nonfinite": "skip", "weighted": True},
+    {"step_weights": (0.5, 0.2, 0.3), "adapt": []},
+    {"nonfinite": "skip", "weighted": True, "reduction": "sum", "steps": 0},
+    {"nonfinite": "skip", "outer_loss": "callable"},
+    {"learn_lr": "global", **WHOLE, "weighted": True},
+    {"learn_lr": "step", "steps": 1, "adapt": [0, 2]},
+    {"learn_lr": "layer", "momentum": 0.5, **DECOUPLED, "step_weights": (0.5, 0.2, 0.3), "adapt": [1, 2]},
+    {"learn_lr": "element"},
+    {"learn_lr": "element", **WHOLE, "adapt": [0, 2], "step_weights": (0.5, 0.2, 0.3)},
+    {"learn_lr": "element", **ADAM, "bias": False, "nonfinite": "skip", "loss": "cross_entropy"},
+    {"each_step": True, **WHOLE, "weighted": True, "loss": "cross_entropy"},
+    {"each_step": True, "learn_lr": "element", "step_weights": (0.5, 0.2, 0.3), "max_grad_value": 0.1},
+    {"each_step": True, "max_grad_norm": 0.3, "loss": "callable", "weighted": True},
+    {"each_step": True, "outer": "reptile", "steps": 1, "adapt": [2]},
+]
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
+    """In tiles smaller than layers and sets, with samples under way in two parts."""
+    sizes = {"widths": (9, 20, 5, 3), "tasks": 2, "shots": 17, "queries": 5, "steps": 3}
+    case = Case(**{"activation": "gelu", **sizes, **rule})
+    with ff.override(engine=engine, config=PrimalConfig(4, 16, features=16, contracted=16, rows=16)):
+        check(case)
+
+
+@ENGINES
+@given(case=ruled())
+@settings(max_examples=15)
+def test_rules_drawn_together(engine: str, case: Case) -> None:
+    if case.learn_lr in ("step", "layer_step") and case.steps > 1:
+        case = replace(case, learn_lr="element")
+    with ff.override(engine=engine):
+        check(case)
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", [ADAM, {"learn_lr": "element", "momentum": 0.9}, {"max_grad_norm": 0.3}], ids=str)
+def test_every_rule_in_sixteen_bits(engine: str, rule: dict[str, Any]) -> None:
+    case = Case(**{"widths": (3, 17, 20), "shots": 40, "tasks": 5, **rule})
+    exact = solution(case, "reference", torch.float64).vectors()
+    with ff.override(engine=engine):
+        for precision in ("bf16", "fp16"):
+            for name, value in solution(case, "triton", precision=precision).vectors().items():
+                assert relative_error(value, exact[name]) < 3e-2
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"weighted": True, "reduction": "sum"},
+        {"step_weights": (0.5, 0.25, 0.25, 0.0), "learn_lr": "element"},
+        {"outer": "reptile", "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_diverged_tasks_are_left_out(engine: str, rule: dict[str, Any]) -> None:
+    """What is left is what a batch without them gives."""
+    case = Case(**{"tasks": 6, "activation": "relu", "steps": 4, "lr": 1.0, "nonfinite": "skip", **rule})
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    batch["support_y"][[1, 4]] = 1e30
+    keep = [0, 2, 3, 5]
+    with ff.override(engine=engine):
+        found = solved(meta, batch, case.reduction)
+        assert meta.skipped is not None
+        weight = batch.get("task_weight")
+        assert float(meta.skipped) == pytest.approx(2.0 if weight is None else float(weight[[1, 4]].sum()))
+        expected = solved(meta, {name: t[keep] for name, t in batch.items()}, case.reduction)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name == "query_x":
+            assert not value[[1, 4]].any()
+            value = value[keep]
+        assert relative_error(value, expected[name]) < 1e-6, name
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "rule",
+    [
+        WHOLE,
+        {**ADAM, "adapt": [0, 2], "bias": False},
+        {"outer": "reptile", "momentum": 0.9},
+        {"step_weights": (0.5, 0.2, 0.3), "learn_lr": "element"},
+        {"max_grad_norm": 0.3, "weight_decay": 0.1, "learn_lr": "layer"},
+        {"each_step": True, "learn_lr": "layer", "momentum": 0.9, "adapt": [1, 2]},
+    ],
+    ids=str,
+)
+def test_adapted_tasks(engine: str, rule: dict[str, Any]) -> None:
+    """Outputs with their gradients, rates included, and fast weights: those of the last step."""
+    case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **rule})
+    own = [predicted(replace(case, jitter=jitter), "reference", torch.float32) for jitter in range(4)]
+    with ff.override(engine=engine):
+        found = predicted(case, "triton", torch.float32)
+    assert_no_worse_than_twice(found, own, predicted(case, "reference", torch.float64))
+
+
+@ENGINES
+@pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"step_weights": (0.5, 0.5)}, {"nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("nothing", ["tasks", "queries"])
+def test_no_task_and_no_query(engine: str, rule: dict[str, Any], nothing: str) -> None:
+    case = Case(**{nothing: 0, **rule})
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    with ff.override(engine=engine):
+        found = solved(meta, batch, "mean")
+    lacking = case.outer == "fomaml" or case.tasks == 0
+    assert found.pop("value").isnan() == lacking
+    assert not (lacking and any(gradient.any() for gradient in found.values()))
+
+
+@pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"max_grad_norm": 0.3, "learn_lr": "element"}], ids=str)
+def test_rules_repeat_bit_by_bit(rule: dict[str, Any]) -> None:
+    case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=11, **rule)
+    with ff.override(engine="primal"):
+        first, second = (solution(case, "triton").values for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
