@@ -88,6 +88,9 @@ def _cases() -> list[Case]:
     momentum = replace(WORKLOADS["sine K=5"], name="momentum")
     # The workload "wide" without one of its two layers that are alike.
     layered = replace(WORKLOADS["wide"], name="layered", widths=(512, 1024, 1024, 10))
+    # The workload "learnit" with one of its three layers that are alike; a policy with each rule that adds a kernel.
+    field = replace(WORKLOADS["learnit"], name="field", widths=(2, 256, 256, 3))
+    policy = Workload("policy", (20, 64, 64, 6), "tanh", 40, 200, 200, 2, "cross_entropy")
     folding = Workload("folding", (64, 128, 128, 5), "relu", 8, 20, 20, 8, "cross_entropy")
     return [
         *(Case(sine, "resident", precision, predicts=True) for precision in precisions),
@@ -100,6 +103,9 @@ def _cases() -> list[Case]:
         *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
         *(Case(layered, "layered", precision) for precision in precisions[:3]),
         Case(folding, "layered", "tf32"),
+        *(Case(WORKLOADS["meta_siren"], "chained", precision) for precision in ("tf32", "bf16")),
+        *(Case(policy, "chained", precision, predicts=True) for precision in precisions[:3]),
+        *(Case(field, "primal", precision) for precision in precisions),
     ]
 
 

@@ -88,10 +88,17 @@ def _resident_obstacle(problem: Problem) -> str | None:
     inner = problem.inner
     if inner.learn_lr == "element":
         return "rates of elements are not in the kernel"
-    if inner.learns_each_step and inner.steps > 1:
-        return "rates of each step take what each has multiplied, of which the kernel keeps the sum"
+    if (why := _rates_obstacle(problem)) is not None:
+        return why
     if inner.optimizer == "adam" and inner.eps < torch.finfo(torch.float32).tiny:
         return f"eps is {inner.eps:g}, and the padding of tiles would be 0 / 0"
+    return None
+
+
+def _rates_obstacle(problem: Problem) -> str | None:
+    """Why kernels in which tasks have weights of their own do not take learned rates; None where they do."""
+    if problem.inner.learns_each_step and problem.inner.steps > 1:
+        return "rates of each step take what each has multiplied, of which the kernel keeps the sum"
     return None
 
 
@@ -217,8 +224,8 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
 
 def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
     inner, network = problem.inner, problem.network
-    if inner.learns_each_step and inner.steps > 1:
-        return "rates of each step take what each has multiplied, of which the kernels keep the sum"
+    if (why := _rates_obstacle(problem)) is not None:
+        return why
     forms = tuple("primal" if parts else "shared" for parts in inner.adapt)
     if told.forms is not None and any(form != "primal" for form in told.forms):
         return f"the forms {', '.join(told.forms)} are not its own"
@@ -299,7 +306,7 @@ def _tiles(problem: Problem, sizes: Sizes, pending: int, folds: bool) -> tuple[i
 
 def _unfit(need: Need, sizes: Sizes) -> str | None:
     shared = launching.shared_memory(sizes.device)
-    if need.registers > 2000:
+    if need.registers > REGISTERS:
         return f"it needs about {need.registers} registers a thread for this problem, and a thread has {REGISTERS}"
     if need.shared > shared:
         return f"it needs about {need.shared:,} bytes of shared memory, and a program has {shared:,}"

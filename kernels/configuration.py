@@ -1,7 +1,7 @@
 """Warps and tiles of a kernel by device and size, from the tables in `configs/`; needs no Triton.
 
 A table lists rules; the first whose bound is not exceeded applies: by the largest weight tile of a network, by the
-samples in a tile of history, or by the widest layer and the bits of operands. What `fomaml_fused.tune` measures in a
+samples in a tile of history, or by the widest layer and what operands are. What `fomaml_fused.tune` measures in a
 process comes before the tables.
 """
 
@@ -92,9 +92,10 @@ def primal_configuration(device: str, engine: str, precision: str, widest: int) 
 
     engine: "primal", a layer a launch; or "chained", all layers.  widest: features of the widest layer, padded.
     """
-    bits = 16 if precision in ("bf16", "fp16") else 32
+    # Products of whole float32 numbers need as many registers as those of their two parts.
+    operands = {"bf16": "16 bits", "fp16": "16 bits", "tf32": "32 bits"}.get(precision, "two parts")
     for rule in _table(device)[engine]:
-        if bits == rule["bits"] and widest <= rule["width"]:
+        if operands == rule["operands"] and widest <= rule["width"]:
             return PrimalConfig(rule["warps"], rule["samples"], rule["features"], rule["contracted"], rule["stages"])
     return None
 

@@ -46,7 +46,8 @@ def pass_kernel(
     p_weights, p_biases: of each layer [out, in] and [out], or None.  p_fast: those of each task [T, parameters], or
     None; OWN: whether layers that move are read from there.  p_x: [T, N, in].  p_y: class indices [T, N] or values [T,
     N, out], or None.  p_r: what each sample counts, [T, N], or None where all count `share`.  p_cotangent: gradient of
-    the outputs [T, N, out], in place of targets.  LOWEST: the lowest layer whose D is wanted, -1 for p_dx.  QUERY: whose loss it is.
+    the outputs [T, N, out], in place of targets.  LOWEST: the lowest layer whose D is wanted, -1 where p_dx is.  QUERY:
+    whose loss it is.
 
     p_inputs: X of each layer [T, N, in]; None of the first, whose is p_x, and where it is not wanted.  p_gradients: D
     [T, N, out], or None where not wanted.  p_out: outputs [T, N, out].  p_loss: of each sample, times what it counts,
@@ -67,6 +68,7 @@ def pass_kernel(
         _store(p_out, rows, h, depth(SPEC), SPEC)
     if p_y is not None or p_cotangent is not None:
         LOSS: tl.constexpr = query_loss(SPEC) if QUERY else support_loss(SPEC)
+        # The outputs are one tile.
         d = (output_gradient(h[0], p_y, p_r, share, p_cotangent, p_loss, rows, rows, LOSS, SPEC),)
         for i in tl.static_range(depth(SPEC) - 1, -1, -1):
             if i >= LOWEST:
@@ -168,7 +170,7 @@ def step_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "LENGTH"])
+@triton.jit(do_not_specialize=["N", "LENGTH", "SPLITS", "FIRST"])
 def products_kernel(p_inputs, p_gradients, p_partials, unit, N, LENGTH, SPLITS, FIRST, SPEC: tl.constexpr):
     """DᵀX and the sum of D of a task over LENGTH of its N samples, times `unit`; a tile of them.
 

@@ -71,8 +71,8 @@ def primal_need(spec: PrimalSpec, config: PrimalConfig, chained: bool) -> Need:
 
     chained: whether a program takes its samples through all layers; else each launch is of one layer.
     """
-    threads, half = 32 * config.warps, spec.precision in ("bf16", "fp16")
-    operand = (2 if half else 4) * (2 if spec.precision == "tf32x3" else 1)
+    threads = 32 * config.warps
+    operand = {"bf16": 2, "fp16": 2, "tf32": 4}.get(spec.precision, 8)
     block = max(features(spec, width) for width in spec.widths)
     depth = max(contracted(spec, width) for width in spec.widths)
     # Tiles of a product on their way, fetched ahead; and the sums of a tile.
@@ -81,9 +81,11 @@ def primal_need(spec: PrimalSpec, config: PrimalConfig, chained: bool) -> Need:
     # The loss takes all outputs of a tile of samples at once.
     registers = max(registers, 64 + 4 * padded(spec.widths[-1]) * config.samples // threads)
     if chained:
+        # All that a derivative is taken from, what enters and leaves a layer, and a tile of its weight as an operand,
+        # in one part or two; twice where warps are more than the four of a group, each of which holds it all.
         sides = [padded(width) for width in spec.widths]
-        kept = config.samples * sum(sides[1:]) // threads
-        tiles = weight_tiles(spec.widths)
-        registers = max(registers, 64 + kept + max(tiles, default=0) // threads)
-        shared = max(shared, operand * (max(tiles, default=0) + config.samples * max(sides)))
+        held = config.samples * (sum(sides[1:]) + 2 * max(sides)) // threads
+        tile = min(64, max(sides)) ** 2 // threads * {8: 3}.get(operand, 1) * (2 if config.warps > 4 else 1)
+        registers = max(registers, 24 + held + tile)
+        shared = max(shared, operand * (64 * 64 + config.samples * max(sides)))
     return Need(registers, shared)

@@ -13,6 +13,7 @@ from torch import nn
 
 import fomaml_fused as ff
 from bench.compile_only import DEVICES, Launch, recorded
+from fomaml_fused.plans import KERNEL_ENGINES
 
 COMPILED = "sm_90"  # what the kernels do wrong, they do wrong on every device
 
@@ -63,6 +64,20 @@ def call_dual_with_rules(engine: str) -> None:
         ff.FOMAML(model, **options)(*(t[:, None].expand(-1, 2, -1, -1) for t in (x, x)), q, q).backward()
 
 
+def call_primal_with_rules(engine: str) -> None:
+    """The rules that change what the primal kernels are compiled for, or which of them are launched."""
+    x, q = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    rules: list[dict[str, Any]] = [
+        {"optimizer": "adam", "learn_lr": "element", "max_grad_value": 1.0},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "max_grad_norm": 1.0, "learn_lr": "layer"},
+        {"nonfinite": "skip", "steps": 0},
+    ]
+    with ff.override(engine=engine):
+        for options in rules:
+            ff.FOMAML(model, **{"steps": 2, **options}, backend="triton", precision="tf32")(x, x, q, q).backward()
+
+
 def call_with_rules() -> None:
     """What launches the resident kernels under the rules of inner and outer loops."""
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -108,11 +123,13 @@ def main() -> None:
     launched = {}
     for target in DEVICES:
         with recorded(target) as launches:
-            for engine in ("resident", "dual", "layered"):
+            for engine in KERNEL_ENGINES:
                 call(engine, everything=False)
                 call(engine, everything=True)
-                if engine != "resident":
+                if engine in ("dual", "layered"):
                     call_dual_with_rules(engine)
+                if engine in ("chained", "primal"):
+                    call_primal_with_rules(engine)
             call_with_rules()
         different = {launch.key: launch for launch in launches}.values()
         launched[target] = [described(launch) for launch in different]

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-SIZES = {"T", "N", "S", "Q", "K", "k", "P", "LENGTH"}
+SIZES = {"T", "N", "S", "Q", "K", "k", "P", "LENGTH", "SPLITS", "FIRST"}
 # Of every kernel, the pointers that some launches leave out, or an element of them.
 OPTIONAL = {
     "resident.meta_kernel": (
@@ -31,6 +31,13 @@ OPTIONAL = {
     "dual.backward_kernel": (
         "p_shrink p_past p_inputs p_gradients p_now p_now_gradients p_kept p_dx p_inner p_velocity"
     ),
+    "primal.pass_kernel": ("p_biases p_fast p_y p_r p_cotangent p_inputs p_gradients p_loss p_dx"),
+    "primal.forward_kernel": "p_bias p_fast p_kept",
+    "primal.loss_kernel": "p_kept p_y p_r p_cotangent p_loss p_d",
+    "primal.backward_kernel": "p_fast p_kept",
+    "primal.step_kernel": "p_biases p_first p_second p_directions p_rates p_inputs p_gradients",
+    "primal.products_kernel": "p_inputs p_gradients",
+    "primal.update_kernel": "p_biases p_first p_second p_directions p_rates",
     "outer.outer_kernel": "p_inputs p_gradients",
     "outer.reduce_kernel": "p_partials p_gradient p_loss p_share p_value",
 }

@@ -223,6 +223,20 @@ def test_few_shots_on_wide_networks_run_in_the_dual_kernels() -> None:
         assert re.search("(?m)^batched +", str(chosen))
 
 
+def test_many_samples_run_on_weights_of_each_task() -> None:
+    """Through all layers in one launch where they are narrow, a layer a launch where they are not."""
+    rl = plan(mlp(20, 64, 64, 6), 40, 200, 200, backend="triton")
+    field = plan(mlp(2, 256, 256, 256, 256, 3), 4, 4096, 4096, steps=2, backend="triton")
+    assert (rl.engine, field.engine) == ("chained", "primal")
+    assert rl.forms == ("primal",) * 3
+    assert re.search("dual cannot run: the 4096 shots", str(field))
+    assert re.search("(?m)^primal +", str(rl))
+    head = plan(mlp(20, 64, 64, 6), 40, 200, 200, backend="triton", adapt="head")
+    assert head.forms == ("shared", "shared", "primal")
+    with ff.override(forms=("primal", "dual", "primal"), engine="layered"), pytest.raises(ValueError, match="not its own"):
+        plan(mlp(20, 64, 64, 6), 40, 10, 10, backend="triton")
+
+
 def test_nested_overrides_add_up() -> None:
     with ff.override(engine="batched"), ff.override(chunk=3):
         assert plan(mlp(3, 4), 7, 5, 5, backend="triton").chunk == 3

@@ -37,7 +37,7 @@ class TestPrimal(KernelContract):
         ({}, PrimalConfig(4, 16)),
         ({"tasks": 7, "loss": "cross_entropy"}, PrimalConfig(4, 16, features=16, contracted=16)),
         ({"shots": 50, "queries": 41}, PrimalConfig(4, 16, features=16, contracted=16, stages=3, rows=32)),
-        ({"widths": (40, 70, 33, 5), "shots": 40, "adapt": [1, 2]}, PrimalConfig(8, 32, 32, 16)),
+        ({"widths": (40, 50, 33, 5), "shots": 40, "adapt": [1, 2]}, PrimalConfig(8, 32, 32, 16)),
     ],
     ids=str,
 )
