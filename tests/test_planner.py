@@ -233,7 +233,8 @@ def test_many_samples_run_on_weights_of_each_task() -> None:
     assert re.search("(?m)^primal +", str(rl))
     head = plan(mlp(20, 64, 64, 6), 40, 200, 200, backend="triton", adapt="head")
     assert head.forms == ("shared", "shared", "primal")
-    with ff.override(forms=("primal", "dual", "primal"), engine="layered"), pytest.raises(ValueError, match="not its own"):
+    mixed = ff.override(forms=("primal", "dual", "primal"), engine="primal")
+    with mixed, pytest.raises(ValueError, match="the forms primal, dual, primal are not its own"):
         plan(mlp(20, 64, 64, 6), 40, 10, 10, backend="triton")
 
 

@@ -69,10 +69,10 @@ def test_a_sum_over_samples_is_split_where_programs_are_few(engine: str, monkeyp
     if INTERPRETED:
         monkeypatch.setattr(launching, "INTERPRETED_MULTIPROCESSORS", 8)
     parts: list[int] = []
-    splits = primal_launches.split_samples
+    split_samples = launching.split_samples
 
     def noted(*arguments: Any) -> tuple[int, int]:
-        found = splits(*arguments)
+        found = split_samples(*arguments)
         parts.append(found[0])
         return found
 

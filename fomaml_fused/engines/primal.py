@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..batch import Query, Support
 from ..inner import PARTS
-from ..problem import Loss
 from . import FlatParameters, Gradients, Outcome, Planned, listed
 from .launching import (
     counts,
@@ -35,7 +34,6 @@ from .launching import (
 from .outer import reptile_outcome, total
 from .primal_launches import (
     Adapted,
-    Pass,
     Targets,
     blocks,
     launch_options,
@@ -119,7 +117,7 @@ def query_pass(adapted: Adapted, x: Tensor) -> Trace:
     """The adapted networks on query features [t, Q, in]."""
     x = x.contiguous()
     with on_device(x.device):
-        return Trace(_forward(adapted, x, query=True), x)
+        return Trace(_forward(adapted, x), x)
 
 
 def query_backward(
@@ -182,17 +180,9 @@ def _support_targets(adapted: Adapted, x: Tensor, y: Tensor | None, weight: Tens
     assert y is not None
     problem, samples = adapted.plan.problem, x.shape[1]
     if problem.loss.name == "callable":
-        return _cotangent(adapted, x, problem.loss, y, weight, float(samples), query=False), 1 / samples
+        d = loss_of_task(problem, problem.loss, y, weight).gradient(_forward(adapted, x), float(samples))
+        return Targets(cotangent=d.contiguous()), 1 / samples
     return Targets(y, None if weight is None else part_of_task(weight) * samples), 1 / samples
-
-
-def _cotangent(
-    adapted: Adapted, x: Tensor, loss: Loss, y: Tensor, weight: Tensor | None, share: float | Tensor, *, query: bool
-) -> Targets:
-    """The gradient of the outputs that a callable loss gives."""
-    of_tasks = loss_of_task(adapted.plan.problem, loss, y, weight)
-    d = of_tasks.gradient(_forward(adapted, x, query=query), share)
-    return Targets(cotangent=d.contiguous())
 
 
 def _clipped(adapted: Adapted, flat: Tensor, norm: float, value: float | None) -> Tensor:
@@ -205,11 +195,11 @@ def _clipped(adapted: Adapted, flat: Tensor, norm: float, value: float | None) -
     return flat.mul_(factor[:, None])
 
 
-def _forward(adapted: Adapted, x: Tensor, *, query: bool) -> Tensor:
+def _forward(adapted: Adapted, x: Tensor) -> Tensor:
     """The outputs of samples x, [T, N, out]."""
     nothing = [False] * adapted.depth
     rows = blocks(adapted, x.shape[1])
-    found = [run(adapted, x[:, block].contiguous(), None, query=query, wanted=nothing).outputs for block in rows]
+    found = [run(adapted, x[:, block].contiguous(), None, query=True, wanted=nothing).outputs for block in rows]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
@@ -220,13 +210,13 @@ def _measure(adapted: Adapted, query: Query, needed: Sequence[bool], share: floa
     if problem.outer_loss.name != "callable":
         of_samples, unit = counts(weight, share, *x.shape[:2])
         return _reverse(adapted, x, Targets(y, of_samples), unit, needed[1:], needed[0])
-    outputs = _forward(adapted, x, query=True)
+    outputs = _forward(adapted, x)
     loss = loss_of_task(problem, problem.outer_loss, y, weight)
-    losses = (loss.values(outputs) * share)[:, None]
-    d = loss.gradient(outputs, share if isinstance(share, float) else share[:, None, None])
-    found = _reverse(adapted, x, Targets(cotangent=d.contiguous()), 1.0, needed[1:], needed[0])
-    found.losses = losses
-    return found
+    unit = 1 / max(x.shape[0] * x.shape[1], 1)
+    counted = share / unit
+    d = loss.gradient(outputs, counted if isinstance(counted, float) else counted[:, None, None])
+    found = _reverse(adapted, x, Targets(cotangent=d.contiguous()), unit, needed[1:], needed[0])
+    return replace(found, losses=(loss.values(outputs) * counted)[:, None])
 
 
 def _reverse(
@@ -240,8 +230,9 @@ def _reverse(
     rows = list(blocks(adapted, samples))
     parts, length = splits(adapted, min(samples, adapted.config.rows))
     tasks = new(x.device, adapted.tasks, len(rows) * parts, spec.parameters) if each else None
-    passes: list[Pass] = []
     partials: list[Tensor] = []
+    losses: list[Tensor | None] = []
+    dx: list[Tensor | None] = []
     for i, block in enumerate(rows):
         passed = run(
             adapted, x[:, block].contiguous(), targets.at(block), query=True, wanted=wanted, unit=unit,
@@ -251,12 +242,13 @@ def _reverse(
             products_of_tasks(adapted, passed, unit, tasks, i * parts, length, parts)
         elif any(wanted):
             partials.append(products(spec, launch_options(adapted), passed.inputs, passed.gradients, unit))
-        passes.append(passed)
+        losses.append(passed.losses)
+        dx.append(passed.dx)
     if tasks is not None:
         partials = [tasks.sum(1)]
     return Measured(
-        dx=_joined([passed.dx for passed in passes], 1),
-        losses=_joined([passed.losses for passed in passes], 1),
+        dx=_joined(dx, 1),
+        losses=_joined(losses, 1),
         unit=unit,
         partials=_joined(partials, 0),
         along=partials[0] * adapted.directions if rates and adapted.directions is not None else None,
@@ -292,17 +284,16 @@ def _reduced(
 
 def _rate_gradients(adapted: Adapted, along: Tensor | None) -> Gradients:
     """The gradient of learned rates, as they are listed, from `along` of all tasks that count."""
-    by_layer = adapted.spec.rates == "layer"
     if along is None:
         return [None if rate is None else torch.zeros_like(rate) for rate in adapted.learned]
-    found = [
-        pair if moves else (None, None)
-        for pair, moves in zip(layers(adapted.spec, -along.sum(0)), adapted.spec.adapts, strict=True)
-    ]
-    if not by_layer:
-        return listed(found)
-    sums = [sum((part.sum() for part in pair if part is not None), along.new_zeros(())) for pair in found]
-    return [torch.stack(sums)[None]]
+    found = layers(adapted.spec, -along.sum(0))
+    if adapted.spec.rates == "element":  # a layer that stays has none
+        pairs = zip(listed(found), adapted.learned, strict=True)
+        return [None if rate is None else gradient for gradient, rate in pairs]
+    sums = along.new_zeros(1, adapted.depth)
+    for i in adapted.moving:
+        sums[0, i] = torch.stack([part.sum() for part in found[i] if part is not None]).sum()
+    return [sums]
 
 
 def _sound_tasks(adapted: Adapted, passes: Sequence[Measured], needed: Sequence[bool]) -> Tensor:

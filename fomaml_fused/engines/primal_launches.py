@@ -287,12 +287,13 @@ def launch_options(adapted: Adapted) -> dict[str, int | bool]:
 
 def _programs(spec: PrimalSpec, x: Tensor) -> int:
     """Tasks times blocks of a task's samples."""
-    return x.shape[0] * -(-x.shape[1] // spec.samples)
+    programs: int = x.shape[0] * -(-x.shape[1] // spec.samples)
+    return programs
 
 
 def _tiles(spec: PrimalSpec, width: int) -> int:
-    block: int = features(spec, width)
-    return -(-width // block)
+    tiles: int = -(-width // features(spec, width))
+    return tiles
 
 
 def _all_tiles(spec: PrimalSpec) -> int:
