@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,7 +119,13 @@ def held_out(config: ImagesConfig) -> TaskBatch:
 
 def sampler(config: ImagesConfig, names: Iterable[str], seed: int) -> Crops:
     """Crops of photographs by their names."""
-    return Crops(photographs(names), config.size, seed=seed)
+    return Crops(_photographs(tuple(names)), config.size, seed=seed)
+
+
+@functools.cache
+def _photographs(names: tuple[str, ...]) -> list[Tensor]:
+    """Read once: both rules train on the same."""
+    return photographs(names)
 
 
 def network(config: ImagesConfig) -> nn.Sequential:
