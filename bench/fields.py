@@ -1,18 +1,17 @@
-"""Whether first-order training helps fields: initialisations of the images run under one budget, exact MAML's among them.
+"""Whether first-order training helps fields: initialisations of the images run under one budget, exact MAML's too.
 
 python -m bench.fields [--save bench/results/fields.json] [--workers 2] [--quick]
 
 Network, crops, outer optimiser and evaluation are those of `fomaml-fused train images`. What is meta-trained gets the
 inner rate of `RATES` with which it is the best after the steps it is trained for, by a seed that nothing else uses and
-crops of the photographs trained on; what is not gets the best of the run's rates in every cell. Then come the seeds that
-are reported, of network and crops to train on, all measured on the same crops of other photographs. Runs go side by side,
-one thread each.
+crops of the photographs trained on; what is not gets the best of the run's rates in every cell. Then come the seeds
+that are reported, of network and crops to train on, all measured on the same crops of other photographs. Runs go side
+by side, one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -57,7 +56,7 @@ INITIALISATIONS = {
     "Reptile": Initialisation({"outer": "reptile"}),
     "exact MAML": Initialisation(exact=True),
 }
-RATES = (0.003, 0.01, 0.03)
+RATES = (0.003, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Job:
         gaps = [asdict(first_order_gap(meta, *few))] if has_gap else []
         if kind.exact:
             crops = images.sampler(config, images.TRAINED, config.seed)
-            inner = {"lr": config.lr, "steps": config.steps, "loss": images.LOSS, "first_order": False}
+            inner: dict[str, Any] = {"lr": config.lr, "steps": config.steps, "loss": images.LOSS, "first_order": False}
             outer.loss = lambda: reference.meta_loss(meta.model, *crops.sample(config.tasks), **inner)
         if kind.trained:
             outer.run(config.iterations, None, title=None)
@@ -118,19 +117,23 @@ def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
     tuned = [name for name, kind in INITIALISATIONS.items() if kind.tuned]
     jobs = [Job(name, lr, TUNING_SEED, budget) for name in tuned for lr in RATES]
     tried: dict[str, dict[float, float | None]] = {name: {} for name in INITIALISATIONS}
-    for job, found in zip(jobs, _results(jobs, workers), strict=True):
-        tried[job.name][job.lr] = found["psnr"][images.STEPS.index(images.ImagesConfig.steps)]
-    best = {name: max(rates, key=lambda lr: rates[lr] or -math.inf, default=RATES[0]) for name, rates in tried.items()}
+    for job, result in zip(jobs, _results(jobs, workers), strict=True):
+        tried[job.name][job.lr] = result["psnr"][images.STEPS.index(images.ImagesConfig.steps)]
+    best = {name: max(rates, key=lambda lr: _worth(rates[lr]), default=RATES[0]) for name, rates in tried.items()}
     jobs = [Job(name, best[name], seed, budget) for name in INITIALISATIONS for seed in range(budget.seeds)]
     results = iter(_results(jobs, workers))
     rows = []
     for name, kind in INITIALISATIONS.items():
         found = [next(results) for _ in range(budget.seeds)]
-        seeds = [result["psnr"] for result in found]
-        row = {"tasks": "images", "initialisation": name, "lr": best[name] if kind.tuned else None}
-        row |= {"validation": tried[name], "seeds": seeds, **summarize(seeds)}
-        rows.append(row | {part: [result[part] for result in found] for part in ("gap", "curve")})
+        row: dict[str, Any] = {"tasks": "images", "initialisation": name, "lr": best[name] if kind.tuned else None}
+        row["validation"] = tried[name]
+        row |= {("seeds" if part == "psnr" else part): [result[part] for result in found] for part in found[0]}
+        rows.append(row | summarize(row["seeds"]))
     return rows
+
+
+def _worth(decibels: float | None) -> float:
+    return -math.inf if decibels is None else decibels
 
 
 def _results(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 
 def render_gaps(rows: list[dict[str, Any]]) -> str:
-    """The Markdown table of the first-order gradient beside the exact one, before and after training: means of seeds."""
+    """The Markdown table of the first-order gradient beside the exact one, before and after training, by means."""
     lines = ["| trained by | cosine, start | cosine, end | norm ratio, start | norm ratio, end |", "|---" * 5 + "|"]
     for row in rows:
         if row["gap"][0]:

@@ -39,7 +39,7 @@ Reconstructions = dict[int, Tensor]  # by inner steps: colours [T, pixels, 3]
 class ImagesConfig(RunConfig):
     """Options of the run: few inner steps on all pixels, as in the paper; network and crops are of a CPU's size."""
 
-    iterations: int = 1500
+    iterations: int = 600
     tasks: int = 4
     steps: int = 2
     lr: float = 0.01
@@ -134,7 +134,7 @@ def network(config: ImagesConfig) -> nn.Sequential:
         return siren(2, config.width, 3, hidden_layers=2, w0=config.w0)
 
 
-def standard(config: ImagesConfig, untrained: nn.Sequential) -> Adapters:
+def standard(config: ImagesConfig, untrained: nn.Module) -> Adapters:
     """The standard initialisation, with each of its rates."""
     return lambda steps: [config.untrained(untrained, LOSS, rate, steps) for rate in STANDARD_RATES]
 
