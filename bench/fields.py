@@ -1,6 +1,6 @@
 """Whether first-order training helps fields: initialisations of the images run under one budget, exact MAML's too.
 
-python -m bench.fields [--save bench/results/fields.json] [--workers 2] [--quick]
+python -m bench.fields [--save bench/results/fields.json] [--workers 2] [--quick] [--only NAME ...]
 
 Network, crops, outer optimiser and evaluation are those of `fomaml-fused train images`. What is meta-trained gets the
 inner rate of `RATES` with which it is the best after the steps it is trained for, by a seed that nothing else uses and
@@ -12,6 +12,7 @@ by side, one thread each.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator
@@ -52,7 +53,7 @@ INITIALISATIONS = {
     "standard": Initialisation(trained=False, tuned=False),
     "trained on all crops jointly": Initialisation({"steps": 0}, tuned=False),
     "FOMAML": Initialisation(),
-    "FOMAML, rates by layer": Initialisation({"learn_lr": "layer", "positive_lr": "softplus"}),
+    "FOMAML, rates by layer": Initialisation({"learn_lr": "layer", "positive_lr": "clamp"}),
     "Reptile": Initialisation({"outer": "reptile"}),
     "exact MAML": Initialisation(exact=True),
 }
@@ -112,18 +113,19 @@ class Job:
         }
 
 
-def compare(budget: Budget, workers: int) -> list[dict[str, Any]]:
+def compare(budget: Budget, workers: int, names: Iterable[str] = INITIALISATIONS) -> list[dict[str, Any]]:
     """A row for each initialisation."""
-    tuned = [name for name, kind in INITIALISATIONS.items() if kind.tuned]
+    kinds = {name: INITIALISATIONS[name] for name in names}
+    tuned = [name for name, kind in kinds.items() if kind.tuned]
     jobs = [Job(name, lr, TUNING_SEED, budget) for name in tuned for lr in RATES]
-    tried: dict[str, dict[float, float | None]] = {name: {} for name in INITIALISATIONS}
+    tried: dict[str, dict[float, float | None]] = {name: {} for name in kinds}
     for job, result in zip(jobs, _results(jobs, workers), strict=True):
         tried[job.name][job.lr] = result["psnr"][images.STEPS.index(images.ImagesConfig.steps)]
     best = {name: max(rates, key=lambda lr: _worth(rates[lr]), default=RATES[0]) for name, rates in tried.items()}
-    jobs = [Job(name, best[name], seed, budget) for name in INITIALISATIONS for seed in range(budget.seeds)]
+    jobs = [Job(name, best[name], seed, budget) for name in kinds for seed in range(budget.seeds)]
     results = iter(_results(jobs, workers))
     rows = []
-    for name, kind in INITIALISATIONS.items():
+    for name, kind in kinds.items():
         found = [next(results) for _ in range(budget.seeds)]
         row: dict[str, Any] = {"tasks": "images", "initialisation": name, "lr": best[name] if kind.tuned else None}
         row["validation"] = tried[name]
@@ -161,15 +163,13 @@ def render(rows: list[dict[str, Any]]) -> str:
 
 def render_gaps(rows: list[dict[str, Any]]) -> str:
     """The Markdown table of the first-order gradient beside the exact one, before and after training, by means."""
-    lines = ["| trained by | cosine, start | cosine, end | norm ratio, start | norm ratio, end |", "|---" * 5 + "|"]
+    lines = ["| trained by | inner rate | cosine, start | cosine, end | norm ratio, start | norm ratio, end |"]
+    lines.append("|---" * 6 + "|")
     for row in rows:
         if row["gap"][0]:
-            means = [
-                statistics.fmean(seed[end][part] for seed in row["gap"])
-                for part in ("cosine", "norm_ratio")
-                for end in (0, 1)
-            ]
-            lines.append(f"| {row['initialisation']} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+            ends = [(part, end) for part in ("cosine", "norm_ratio") for end in (0, 1)]
+            means = (statistics.fmean(seed[end][part] for seed in row["gap"]) for part, end in ends)
+            lines.append(f"| {row['initialisation']} | {row['lr']:g} | {' | '.join(f'{m:.2f}' for m in means)} |")
     return "\n".join(lines)
 
 
@@ -178,10 +178,17 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="keep the rows as JSON")
     parser.add_argument("--workers", type=int, default=2, help="training runs at a time, a process each")
     parser.add_argument("--quick", action="store_true", help="a few iterations in one process, to see that it works")
+    parser.add_argument("--only", nargs="+", choices=INITIALISATIONS, help="others stay as they are in --save")
     options = parser.parse_args()
+    if options.only and options.save is None:
+        parser.error("--only takes the file at --save, whose other rows stay")
     torch.set_num_threads(1)
-    budget = QUICK if options.quick else Budget()
-    rows = compare(budget, 1 if options.quick else options.workers)
+    budget, kept = QUICK if options.quick else Budget(), []
+    if options.only:
+        kept = json.loads(options.save.read_text())["rows"]
+    renewed = compare(budget, 1 if options.quick else options.workers, options.only or INITIALISATIONS)
+    named = {row["initialisation"]: row for row in (*kept, *renewed)}
+    rows = [named[name] for name in INITIALISATIONS if name in named]
     if options.save:
         shared = {"budget": asdict(budget), "rates": RATES, "standard_rates": images.STANDARD_RATES}
         save_json(options.save, {"environment": environment(), "quick": options.quick, **shared, "rows": rows})

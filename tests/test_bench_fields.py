@@ -51,6 +51,19 @@ def test_the_quick_run_measures_every_initialisation(
     assert measured == {"FOMAML", "FOMAML, rates by layer", "exact MAML"}
 
 
+def test_some_are_renewed_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "fields.json"
+    rows = [{"initialisation": "exact MAML", "is": "kept"}, {"initialisation": "standard", "is": "kept"}]
+    saved.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr("bench.fields.render", lambda _: "")
+    monkeypatch.setattr("bench.fields.render_gaps", lambda _: "")
+    monkeypatch.setattr("sys.argv", ["fields", "--quick", "--save", str(saved), "--only", "standard"])
+    main()
+    first, second = json.loads(saved.read_text())["rows"]
+    assert second == rows[0]
+    assert (first["initialisation"], len(first["seeds"])) == ("standard", QUICK.seeds)
+
+
 def test_initialisations_differ_by_how_they_are_trained_alone() -> None:
     found = {name: Job(name, 0.01, 0, QUICK).run()["psnr"] for name in INITIALISATIONS}
     assert len({tuple(decibels) for decibels in found.values()}) == len(found)
