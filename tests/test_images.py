@@ -207,3 +207,12 @@ def test_one_rule_alone_takes_what_only_it_takes(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "checkpoint_reptile.pt").exists()
     assert main([*typed(outer="reptile"), "--out", str(tmp_path), "--resume"]) == 1
     assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_a_run_whose_tasks_all_diverge_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*typed(lr=1e30, nonfinite="skip"), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("FOMAML", "Reptile"):
+        assert f"{name}, diverged tasks left out in training: {TINY['iterations'] * TINY['tasks']}\n" in printed
+        line = next(line for line in printed.splitlines() if line.startswith(f"learned by {name}"))
+        assert line.split()[-3:] == ["-inf"] * 3

@@ -37,7 +37,7 @@ Reconstructions = dict[int, Tensor]  # by inner steps: colours [T, pixels, 3]
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(RunConfig):
-    """Options of the run: few inner steps on all pixels, as in the paper; network and crops are of a CPU's size."""
+    """Options of the run: few inner steps on all pixels, as in the authors' demo; network and crops suit a CPU."""
 
     iterations: int = 600
     tasks: int = 4
@@ -55,7 +55,7 @@ class ImagesConfig(RunConfig):
         return [replace(self, outer=rule) for rule in (OUTER_RULES if self.outer == "both" else (self.outer,))]
 
     def for_reptile(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """All pixels at every step, as in the paper: a field is measured where it was fitted."""
+        """All pixels at every step, as in the authors' demo: a field is measured where it was fitted."""
         return batch.support_x, batch.support_y
 
 
@@ -100,7 +100,7 @@ def run(config: ImagesConfig, out: Path, *, resume: bool = False) -> str:
             f"{' and '.join(HELD_OUT)}, photographs never trained on:",
             *table(rows),
             *(f"{when} of training, {gap}" for when, gap in gaps.items()),
-            *(line for own, _, outer, _ in runs for line in own.skipped_label(outer)),
+            *(f"{NAMES[own.outer]}, {line}" for own, _, outer, _ in runs for line in own.skipped_label(outer)),
             f"reconstructions, learning curves, results and checkpoints: {out}/",
         ]
     )
