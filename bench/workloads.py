@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fomaml_fused as ff
 from fomaml_fused.tasks import TaskBatch
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sine": ff.Sine}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,12 @@ class Workload:
     def model(self, seed: int = 0) -> nn.Sequential:
         """The network, freshly drawn."""
         torch.manual_seed(seed)
+        if self.activation == "sine":
+            return ff.siren(self.widths[0], self.widths[1], self.widths[-1], hidden_layers=len(self.widths) - 3)
         layers: list[nn.Module] = []
         for before, after in pairwise(self.widths):
             layers += [nn.Linear(before, after), ACTIVATIONS[self.activation]()]
-        model = nn.Sequential(*layers[:-1])
-        if self.activation == "sine":
-            _initialize_siren(model)
-        return model
+        return nn.Sequential(*layers[:-1])
 
     def batch(self, tasks: int | None = None, seed: int = 1) -> TaskBatch:
         """Random tasks; the numbers do not matter for the time they take."""
@@ -61,15 +60,6 @@ class Workload:
         if self.loss == "cross_entropy":
             return F.cross_entropy(outputs, targets)
         return F.mse_loss(outputs, targets)
-
-
-@torch.no_grad()
-def _initialize_siren(model: nn.Sequential) -> None:
-    """Uniform weights that keep activations in scale (Sitzmann et al. 2020, section 3.2); others make sines chaotic."""
-    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
-    for i, layer in enumerate(linears):
-        bound = 1 / layer.in_features if i == 0 else (6 / layer.in_features) ** 0.5 / 30.0
-        layer.weight.uniform_(-bound, bound)
 
 
 _OMNIGLOT = (784, 256, 128, 64, 64, 5)

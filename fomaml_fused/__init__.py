@@ -7,6 +7,7 @@ from .network import Sine
 from .plans import Plan, override
 from .presets import ANIL, MetaSGD, Reptile
 from .problem import Loss
+from .sirens import siren
 from .tuning import tune
 from .version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "diagnostics",
     "override",
     "reference",
+    "siren",
     "tasks",
     "tune",
 ]

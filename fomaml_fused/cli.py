@@ -1,4 +1,4 @@
-"""The command line: `fomaml-fused train sine | digits`, `fomaml-fused plan`, `fomaml-fused doctor`."""
+"""The command line: `fomaml-fused train sine | digits | images`, `fomaml-fused plan`, `fomaml-fused doctor`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .module import FOMAML
 from .network import MODULES
 from .problem import LOSSES
 from .text import table
-from .train import digits, sine
+from .train import digits, images, sine
 from .train.loop import InterruptedRunError, require_demo_packages
 from .train.rules import Rules, described
 from .version import __version__
@@ -28,6 +28,7 @@ from .version import __version__
 RUNS: dict[str, tuple[type[Any], Callable[..., str], str]] = {
     "sine": (sine.SineConfig, sine.run, "sine regression of the MAML paper"),
     "digits": (digits.DigitsConfig, digits.run, "few-shot classification of held-out digits"),
+    "images": (images.ImagesConfig, images.run, "learned initialisations for images as fields"),
 }
 
 
@@ -130,7 +131,7 @@ def _doctor() -> int:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "triton", "numpy", "matplotlib", "scikit-learn", "tqdm")
+    packages = ("torch", "triton", "numpy", "matplotlib", "scikit-image", "scikit-learn", "tqdm")
     rows = [["fomaml-fused", __version__], ["python", platform.python_version()]]
     rows += [[name, version(name)] for name in packages]
     rows.append(["cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"])

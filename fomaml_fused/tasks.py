@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -128,3 +130,65 @@ def rotated_digits() -> tuple[Tensor, Tensor, Tensor]:
     digits = torch.from_numpy(data.target).long()
     turned = torch.cat([torch.rot90(images, turns, (1, 2)) for turns in range(4)])
     return turned.flatten(1), digits.repeat(4), torch.arange(4).repeat_interleave(len(digits))
+
+
+class Crops:
+    """Images as tasks: a square out of a photograph is a field, from coordinates to colours.
+
+    Support and query set are the same, all pixels of the crop, as where an initialisation is learned for fields
+    (Tancik et al. 2021).
+
+    Args:
+        images: [3, height, width] each, in [0, 1]; every crop first draws one of them.
+        size: pixels along a side.
+        seed: of the sampler's own generator.
+
+    Raises:
+        ValueError: there is no image, or one that is smaller than a crop.
+    """
+
+    def __init__(self, images: Sequence[Tensor], size: int = 32, *, seed: int = 0) -> None:
+        if not images:
+            raise ValueError("images is empty; it takes one or more, [3, height, width] each")
+        for i, image in enumerate(images):
+            if image.dim() != 3 or image.shape[0] != 3 or min(image.shape[1:]) < size:
+                raise ValueError(
+                    f"images[{i}] has shape {list(image.shape)}; it takes [3, height, width], each at least {size}"
+                )
+        self.images, self.size = images, size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, tasks: int) -> TaskBatch:
+        """A batch of tasks: centres of pixels (down, right) and colours, both in [-1, 1], row by row."""
+        centres = (torch.arange(self.size) + 0.5) * (2.0 / self.size) - 1.0
+        x = torch.cartesian_prod(centres, centres).expand(tasks, -1, -1)
+        y = torch.stack([self._crop().flatten(1).T for _ in range(tasks)]) * 2.0 - 1.0
+        return TaskBatch(x, y, x, y)
+
+    def _crop(self) -> Tensor:
+        image = self.images[self._below(len(self.images))]
+        top, left = (self._below(length - self.size + 1) for length in image.shape[1:])
+        return image[:, top : top + self.size, left : left + self.size]
+
+    def _below(self, bound: int) -> int:
+        return int(torch.randint(bound, (), generator=self.generator))
+
+
+def photographs(names: Iterable[str], shrink: int = 3) -> list[Tensor]:
+    """Colour photographs that scikit-image ships, [3, height, width] each, in [0, 1].
+
+    Args:
+        names: of the functions of `skimage.data` that give them; of a stereo pair, the left one is taken.
+        shrink: pixels along a side that are averaged into one.
+
+    Raises:
+        ModuleNotFoundError: scikit-image is not installed.
+    """
+    from skimage import data
+
+    found = []
+    for name in names:
+        image = getattr(data, name)()
+        pixels = torch.from_numpy(image[0] if isinstance(image, tuple) else image)  # [height, width, 3], 0 to 255
+        found.append(F.avg_pool2d(pixels.permute(2, 0, 1).float() / 255, shrink))
+    return found

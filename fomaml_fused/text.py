@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def after_steps(steps: Iterable[int]) -> list[str]:
+    """What stands above columns of so many inner steps: "0 steps", "1 step", "2 steps"."""
+    return [f"{k} step" + "s" * (k != 1) for k in steps]
 
 
 def scaled(value: float, unit: str) -> str:

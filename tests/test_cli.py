@@ -134,9 +134,10 @@ def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in printed
 
 
+@pytest.mark.parametrize("package", ["tqdm", "skimage"])
 def test_a_missing_package_of_the_demo_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, package, None)
     assert main(QUICK_SINE) == 1
-    assert "training runs need tqdm: pip install 'fomaml-fused[demo]'" in capsys.readouterr().err
+    assert f"training runs need {package}: pip install 'fomaml-fused[demo]'" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_imports_go_one_way() -> None:
         ["kernels", "text", "version"],
         ["inner"],
         ["problem", "rates"],
-        ["batch", "network", "reference", "tasks"],
+        ["batch", "network", "reference", "sirens", "tasks"],
         ["engines"],
         ["costs", "kernel_costs", "plans"],
         ["batched_plans", "kernel_plans"],

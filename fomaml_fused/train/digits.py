@@ -14,10 +14,10 @@ from torch import nn
 
 from ..module import FOMAML
 from ..tasks import FewShot, TaskBatch, rotated_digits
-from ..text import table
+from ..text import after_steps, table
 from .files import save_figure, save_json
-from .loop import WINDOW, Outer
-from .rules import RunConfig, option
+from .loop import Outer, draw_curve
+from .rules import RunConfig, option, seeded
 
 HELD_OUT = (3, 4, 7)  # digits that no rotation turns into themselves or into one of the others
 STEPS = (0, 1, 5, 10, 50)
@@ -59,7 +59,7 @@ def run(config: DigitsConfig, out: Path, *, resume: bool = False) -> str:
     found = {"accuracy": accuracies, "skipped_tasks": outer.skipped, "curve": outer.curve}
     save_json(out / "results.json", {"config": asdict(config), **found})
     save_figure(out / "learning_curve.png", lambda figure: _draw_curve(figure, outer.curve, config), (7, 4))
-    rows = [["", *(f"{k} steps" if k != 1 else "1 step" for k in STEPS)]]
+    rows = [["", *after_steps(STEPS)]]
     for name, by_steps in accuracies.items():
         rows.append([name, *(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in by_steps.values())])
     return "\n".join(
@@ -93,8 +93,7 @@ def sampler(config: DigitsConfig, held_out: bool, seed: int) -> FewShot:
 
 
 def _network(config: DigitsConfig) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, config.ways))
 
 
@@ -119,7 +118,4 @@ def accuracy(meta: FOMAML, batch: TaskBatch) -> torch.Tensor:
 
 
 def _draw_curve(figure: Any, curve: list[float], config: DigitsConfig) -> None:
-    axes = figure.subplots()
-    axes.plot([WINDOW * (i + 1) for i in range(len(curve))], curve)
-    axes.set(xlabel="outer iteration", ylabel=config.loss_label, title="Meta-training on digits")
-    axes.grid(alpha=0.3)
+    draw_curve(figure.subplots(), curve, config.loss_label, "Meta-training on digits")

@@ -155,13 +155,20 @@ class Outer:
         self.curve, self.pending = state["curve"], state["pending"]
 
 
+def draw_curve(axes: Any, curve: list[float], label: str, title: str) -> None:
+    """The learning curve, a point for each `WINDOW` iterations."""
+    axes.plot([WINDOW * (i + 1) for i in range(len(curve))], curve)
+    axes.set(xlabel="outer iteration", ylabel=label, title=title)
+    axes.grid(alpha=0.3)
+
+
 def require_demo_packages() -> None:
     """Fail before the first iteration rather than after the last.
 
     Raises:
         ModuleNotFoundError: a package of the `demo` extra is not installed.
     """
-    missing = [name for name in ("matplotlib", "sklearn", "tqdm") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "skimage", "sklearn", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"training runs need {', '.join(missing)}: pip install 'fomaml-fused[demo]'", name=missing[0]

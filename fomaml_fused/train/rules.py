@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..inner import GRANULARITIES, OPTIMIZERS
 from ..module import FOMAML
 from ..problem import NONFINITE, OUTER_RULES
 from ..rates import CONSTRAINTS
-from ..tasks import FewShot, Sinusoids, TaskBatch
+from ..tasks import Crops, FewShot, Sinusoids, TaskBatch
 from .loop import Outer
 
 STEP_WEIGHTS = ("uniform", "annealed")
@@ -94,8 +95,12 @@ class Rules:
         """What the outer loop descends, on a batch of tasks, when `progress` of the run (0 to 1) is through."""
         if self.step_weights is not None:
             meta.step_weights = self.weights_of_steps(progress)
-        value: Tensor = meta(*(dealt(batch, self.steps, generator) if self.outer == "reptile" else batch))
+        value: Tensor = meta(*(self.for_reptile(batch, generator) if self.outer == "reptile" else batch))
         return value
+
+    def for_reptile(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What Reptile, which has no query set, adapts on: x and y, for all inner steps or for each its own."""
+        return dealt(batch, self.steps, generator)
 
     def weights_of_steps(self, progress: float) -> tuple[float, ...] | None:
         """What the query loss after each step counts when `progress` of the run (0 to 1) is through."""
@@ -117,12 +122,11 @@ class RunConfig(Rules):
 
     iterations: int = option("outer iterations")
     tasks: int = option("tasks a batch")
-    shots: int = option("support samples")
     outer_lr: float = option("learning rate of Adam, the outer optimiser, for weights and learned rates alike", 0.001)
     eval_tasks: int = option("held-out tasks of the table")
     seed: int = option("seed of weights and tasks", 0)
 
-    def outer_loop(self, meta: FOMAML, sampler: Sinusoids | FewShot, **more: Any) -> Outer:
+    def outer_loop(self, meta: FOMAML, sampler: Sinusoids | FewShot | Crops, **more: Any) -> Outer:
         """The outer loop of `meta` on tasks of the sampler; more: of `Outer`."""
         outer = Outer(
             model=meta,
@@ -147,6 +151,14 @@ class RunConfig(Rules):
     def skipped_label(self, outer: Outer) -> list[str]:
         """A line of how many diverged tasks training left out, where it may."""
         return [f"diverged tasks left out in training: {outer.skipped}"] if self.nonfinite == "skip" else []
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator at a seed, and as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def dealt(batch: TaskBatch, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

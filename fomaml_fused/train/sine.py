@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..module import FOMAML
 from ..tasks import Sinusoids, TaskBatch, sinusoid
-from ..text import table
+from ..text import after_steps, table
 from .files import save_figure, save_json
-from .loop import WINDOW, Outer
-from .rules import RunConfig, option
+from .loop import Outer, draw_curve
+from .rules import RunConfig, option, seeded
 
 SHOTS = (5, 10, 20)
 STEPS = (0, 1, 5, 10)
@@ -94,8 +94,7 @@ def _validation_error(meta: FOMAML, config: SineConfig) -> float:
 
 
 def _network(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
 
 
@@ -130,7 +129,7 @@ def held_out(shots: int, config: SineConfig) -> TaskBatch:
 
 
 def _error_table(errors: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    rows = [["", "shots", *(f"{k} steps" if k != 1 else "1 step" for k in STEPS)]]
+    rows = [["", "shots", *after_steps(STEPS)]]
     for name, by_shots in errors.items():
         for shots, by_steps in by_shots.items():
             rows.append([name, shots, *(f"{error:.3f}" for error in by_steps.values())])
@@ -139,10 +138,8 @@ def _error_table(errors: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 def _draw_curve(figure: Any, curve: list[float], config: SineConfig) -> None:
     axes = figure.subplots()
-    axes.semilogy([WINDOW * (i + 1) for i in range(len(curve))], curve, linewidth=0.8)
-    label = f"{config.loss_label} after {config.steps} inner step(s)"
-    axes.set(xlabel="outer iteration", ylabel=label, title="Meta-training")
-    axes.grid(alpha=0.3)
+    draw_curve(axes, curve, f"{config.loss_label} after {config.steps} inner step(s)", "Meta-training")
+    axes.set_yscale("log")
 
 
 @torch.no_grad()
