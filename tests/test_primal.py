@@ -34,10 +34,9 @@ class TestPrimal(KernelContract):
 @pytest.mark.parametrize(
     ("options", "config"),
     [
-        ({}, PrimalConfig(4, 16)),
-        ({"tasks": 7, "loss": "cross_entropy"}, PrimalConfig(4, 16, features=16, contracted=16)),
-        ({"shots": 50, "queries": 41}, PrimalConfig(4, 16, features=16, contracted=16, stages=3, rows=32)),
-        ({"widths": (40, 50, 33, 5), "shots": 40, "adapt": [1, 2]}, PrimalConfig(8, 32, 32, 16)),
+        ({"tasks": 5, "loss": "cross_entropy"}, PrimalConfig(4, 16)),
+        ({"shots": 40, "queries": 21}, PrimalConfig(4, 16, features=16, contracted=16, stages=3, rows=32)),
+        ({"widths": (20, 40, 33, 5), "shots": 40, "adapt": [1, 2]}, PrimalConfig(8, 32, 32, 16)),
     ],
     ids=str,
 )
@@ -48,13 +47,13 @@ def test_everything_at_once(engine: str, options: dict[str, Any], config: Primal
     whole = {"steps": 3, "activation": "gelu", "momentum": 0.9, "weight_decay": 0.1, "weighted": True}
     case = Case(**{"widths": (3, 17, 5, 3), **whole, **options})
     with ff.override(engine=engine, config=config):
-        check(case, per_task=INTERPRETED)
+        check(case, per_task=False)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
 @ENGINES
 @given(case=cases(), samples=st.sampled_from([16, 32]), tile=st.sampled_from([16, 32]), rows=st.integers(1, 40))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_random_problems_in_tiles_and_rows(engine: str, case: Case, samples: int, tile: int, rows: int) -> None:
     with ff.override(engine=engine, config=PrimalConfig(4, samples, tile, 16, rows=rows)):
         check(case, per_task=False)

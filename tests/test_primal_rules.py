@@ -73,7 +73,7 @@ def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
 
 @ENGINES
 @given(case=ruled())
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_rules_drawn_together(engine: str, case: Case) -> None:
     if case.learn_lr in ("step", "layer_step") and case.steps > 1:
         case = replace(case, learn_lr="element")
