@@ -68,7 +68,7 @@ class PrimalConfig(TiledConfig):
 def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
     """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
 
-    device: as "cuda-90" or "hip-gfx942"; one without a table of its own has the default one.
+    device: as "cuda-90" or "hip-gfx942"; a kernel that has no rules in its table has the default ones.
     """
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
@@ -117,4 +117,5 @@ _tuned: dict[tuple[str, str, Hashable], Config] = {}
 def _table(device: str) -> Any:
     folder = resources.files(__package__) / "configs"
     file = folder / f"{device}.json"
-    return json.loads((file if file.is_file() else folder / "default.json").read_text())
+    own = json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads((folder / "default.json").read_text()) | own
