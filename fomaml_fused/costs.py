@@ -6,6 +6,7 @@ and memory traffic, which fits small batched products better than their maximum 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Device:
     cached: float
     streamed: float
     cache: int
-    turnover: int
+    turnover: float
 
     def bandwidth(self, working_set: WorkingSet) -> float:
         fits = working_set.layer <= self.cache and working_set.of_pass <= self.turnover
@@ -47,9 +48,10 @@ class Device:
 CPU = Device(
     "cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20, turnover=18 << 20
 )
-# The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
+# The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements. What
+# a pass leaves there torch keeps for the next.
 GPU = Device(
-    "gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20, turnover=40 << 20
+    "gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20, turnover=math.inf
 )
 
 

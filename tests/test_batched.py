@@ -13,6 +13,7 @@ from .cases import (
     ACTIVATIONS,
     LOSSES,
     Case,
+    Solution,
     assert_close,
     assert_no_worse_than_twice,
     by_engine,
@@ -138,6 +139,17 @@ def test_samples_in_blocks(options: dict[str, object], rows: int) -> None:
     exact = by_oracle(case, torch.float64)
     assert_close(by_engine(case, torch.float64, chunk=2, rows=rows), exact, 1e-10)
     assert_no_worse_than_twice(by_engine(case, torch.float32, rows=rows), yardsticks(case, torch.float32), exact)
+
+
+def test_blocks_compile_to_one_graph() -> None:
+    case = Case(widths=(3, 5), activation="sine", loss="cross_entropy", steps=1, shots=5, queries=3, weighted=True)
+    reference, meta = (
+        case.meta(case.model(torch.float64), "reference"),
+        case.meta(case.model(torch.float64), "torch", compile=True),
+    )
+    reduced = Solution.of(reference, case, reference, torch.float64, per_task=False)
+    with ff.override(rows=3):
+        assert_close(Solution.of(meta, case, meta, torch.float64, per_task=False), reduced, 1e-10)
 
 
 @given(case=cases(), rows=st.integers(1, 20))
