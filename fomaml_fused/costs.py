@@ -48,8 +48,8 @@ class Device:
 CPU = Device(
     "cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20, turnover=18 << 20
 )
-# The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements. What
-# a pass leaves there torch keeps for the next.
+# The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
+# What a pass leaves there torch keeps for the next one.
 GPU = Device(
     "gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20, turnover=math.inf
 )
