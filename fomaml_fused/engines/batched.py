@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -142,6 +142,16 @@ def displacements(adapted: Adapted, shares: Tensor, needed: Sequence[bool], keep
     found = [part for cell in adapted.cells for part in cell.displacement(shares, keep)]
     found += [None] * (len(needed) - len(found))
     return [value if need else None for value, need in zip(found, needed, strict=True)]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep what a pass over samples frees for the next one, once in a process.
+
+    Glibc hands free memory back above twice the largest block that it has mapped and freed, up to 64 MB, and every page
+    that comes again is a fault. A block that is never written costs nothing and raises that bound; elsewhere it is idle.
+    """
+    torch.UntypedStorage(31 << 20)
 
 
 _COUNTER = count()
