@@ -149,7 +149,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what a pass over samples frees for the next one, once in a process.
 
     Glibc hands free memory back above twice the largest block that it has mapped and freed, up to 64 MB, and every page
-    that comes again is a fault. A block that is never written costs nothing and raises that bound; elsewhere it is idle.
+    that comes again is a fault. A block that is never written costs nothing and raises the bound; elsewhere it is idle.
     """
     torch.UntypedStorage(31 << 20)
 
