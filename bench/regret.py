@@ -1,9 +1,12 @@
-"""How far the planner's choice is from the best one: random problems, each timed in all choices that make sense.
+"""How far the planner's choice is from the best one: problems, each timed in all choices that make sense.
 
 python -m bench.regret [--problems 220] [--seed 0] [--save bench/results/regret-cpu-2-cores.json]
 
-A choice is the form of each layer and the number of tasks at a time. Beside the planner's, a problem runs all primal,
-all dual, all folded, with any one layer in another form, and in other chunks, in turns; the least time of each counts.
+Problems are random; beside them stand the workloads of many samples a task, whose problems are too large to draw.
+
+A choice is the form of each layer, the number of tasks at a time and that of their samples. Beside the planner's, a
+problem runs all primal, all dual, all folded, with any one layer in another form, in other chunks, and in other blocks
+of samples, in turns; the least time of each counts.
 Where the planner's choice seems to lose, it and its betters run again, longer, and that alone counts: the least of many
 noisy times is lucky now and then.
 
@@ -16,6 +19,7 @@ import argparse
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,31 +30,35 @@ from typing import Any
 import torch
 
 import fomaml_fused as ff
+from fomaml_fused.batched_plans import LEAST_ROWS, block_obstacle
 from fomaml_fused.plans import MEMORY_BOUND
 from fomaml_fused.text import scaled, table
 from fomaml_fused.train.files import save_json
 
 from .peers import Step, ours
 from .test_workloads import environment, seconds
-from .workloads import Workload
+from .workloads import WORKLOADS, Workload
 
 CLOSE = 1.25  # a regret that does not matter
 DOUBT = 1.15  # a regret that is measured again
-HOPELESS = 3.0  # times the best: not worth further rounds
+HOPELESS = 3.0  # times the best: not worth further rounds, nor where it is arithmetic, of much, a first one
 BUDGET = 0.3  # seconds for the rounds of a problem, and twice that for those measured again
 ROUNDS = (4, 40)  # at least and at most, whatever the budget
+NAMED = ("rl", "meta_siren", "learnit")
 FLOPS, TRAFFIC = 3e9, 6e7  # a problem's most: operations in the primal form, and numbers in all tasks' weights x steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem of the sweep."""
+    """A problem of the sweep, or one of the workloads."""
 
     workload: Workload
     momentum: float
 
     def __str__(self) -> str:
         w = self.workload
+        if w.name:
+            return w.name
         name = f"{'-'.join(map(str, w.widths))} T={w.tasks} S={w.shots} Q={w.queries} K={w.steps}"
         return name + (" momentum" if self.momentum else "")
 
@@ -72,13 +80,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner chooses for a problem."""
+    """What the planner chooses for a problem; rows: samples of a task at a time, None for all."""
 
     forms: tuple[str, ...]
     chunk: int
+    rows: int | None = None
 
     def __str__(self) -> str:
-        return f"{' '.join(self.forms)} / {self.chunk}"
+        return f"{' '.join(self.forms)} / {self.chunk}" + ("" if self.rows is None else f" x {self.rows}")
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """For `override`, to which no number of samples is one to choose."""
+        return {"forms": self.forms, "chunk": self.chunk, "rows": self.rows or sys.maxsize}
 
 
 def cases(problems: int, seed: int) -> Iterator[Case]:
@@ -103,24 +117,37 @@ def choices(case: Case) -> list[Choice]:
     """The planner's choice, then the others."""
     plan = case.plan()
     depth, steps, tasks = len(plan.forms), case.workload.steps, case.workload.tasks
-    found = [Choice(plan.forms, plan.chunk)]
+    found = [Choice(plan.forms, plan.chunk, plan.rows)]
     for form in ("primal", "dual", "dual:1", f"dual:{steps}"):
-        found.append(Choice((form,) * depth, case.plan(forms=(form,) * depth).chunk))
+        found.append(Choice((form,) * depth, case.plan(forms=(form,) * depth, rows=sys.maxsize).chunk))
         found.append(Choice((form,) * depth, tasks))
     for i, layer in enumerate(plan.layers):
         for form, _ in layer.estimates:
-            found.append(Choice((*plan.forms[:i], form, *plan.forms[i + 1 :]), plan.chunk))
+            forms = (*plan.forms[:i], form, *plan.forms[i + 1 :])
+            found.append(Choice(forms, plan.chunk, plan.rows if form == plan.forms[i] else None))
     for chunk in (plan.chunk * 4, plan.chunk * 2, plan.chunk // 2, plan.chunk // 4, plan.chunk // 16):
-        found.append(Choice(plan.forms, max(1, min(tasks, chunk))))
-    bounded = [choice for choice in found if case.plan(forms=choice.forms, chunk=choice.chunk).memory <= MEMORY_BOUND]
-    return list(dict.fromkeys(found[:1] + bounded))
+        found.append(Choice(plan.forms, max(1, min(tasks, chunk)), plan.rows))
+    if block_obstacle(plan.problem, plan.forms) is None:
+        samples = max(case.workload.shots, case.workload.queries)
+        for times in (4, 2, 1, 1 / 2, 1 / 4):
+            rows = int((plan.rows or samples) * times)
+            if rows >= LEAST_ROWS:
+                for chunk in (plan.chunk, plan.chunk * 2, plan.chunk * 4):
+                    found.append(Choice(plan.forms, min(tasks, chunk), rows if rows < samples else None))
+    most = HOPELESS * max(plan.estimate.flops, FLOPS)
+    possible = [
+        choice
+        for choice in dict.fromkeys(found)
+        if (told := case.plan(**choice.told)).memory <= MEMORY_BOUND and told.estimate.flops <= most
+    ]
+    return list(dict.fromkeys(found[:1] + possible))
 
 
 def measure(step: Step, compared: Iterable[Choice], budget: float) -> dict[Choice, float]:
     """The least seconds of a step in each choice, in turns for as long as the budget lasts."""
 
     def timed(choice: Choice) -> float:
-        with ff.override(forms=choice.forms, chunk=choice.chunk):
+        with ff.override(**choice.told):
             return seconds(step)
 
     compared = list(compared)
@@ -170,8 +197,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def render(summary: dict[str, Any], rows: list[dict[str, Any]], worst: int = 10) -> str:
-    """The summary in words, and the worst choices with what would have been better."""
+def render(summary: dict[str, Any], rows: list[dict[str, Any]], named: list[dict[str, Any]], worst: int = 10) -> str:
+    """The summary in words, the workloads by name, and the worst choices with what would have been better."""
     quantiles = ", ".join(f"{name} {value:.2f}" for name, value in summary["quantiles"].items())
     lines = [
         f"{summary['problems']} problems: {summary[f'within_{CLOSE}']:.1%} within {CLOSE} of the best choice",
@@ -179,7 +206,7 @@ def render(summary: dict[str, Any], rows: list[dict[str, Any]], worst: int = 10)
         "",
     ]
     cells = [("regret", "problem", "chosen: forms / tasks at a time", "time", "best", "time")]
-    for row in sorted(rows, key=lambda row: -float(row["regret"]))[:worst]:
+    for row in [*named, *sorted(rows, key=lambda row: -float(row["regret"]))[:worst]]:
         times = scaled(row["chosen_s"], "s"), scaled(row["best_s"], "s")
         cells.append((f"{row['regret']:.2f}", row["problem"], row["chosen"], times[0], row["best"], times[1]))
     return "\n".join([*lines, *table(cells)])
@@ -193,12 +220,14 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="keep the rows as JSON")
     options = parser.parse_args()
     start = time.perf_counter()
+    named = [regret(Case(WORKLOADS[name], 0.0), options.budget) for name in NAMED]
     rows = [regret(case, options.budget) for case in cases(options.problems, options.seed)]
     summary = summarize(rows)
     if options.save:
         run = {"seed": options.seed, "seconds": time.perf_counter() - start}
-        save_json(options.save, {"environment": environment(), "run": run, "summary": summary, "rows": rows})
-    print(render(summary, rows))
+        found = {"environment": environment(), "run": run, "summary": summary, "workloads": named, "rows": rows}
+        save_json(options.save, found)
+    print(render(summary, rows, named))
 
 
 if __name__ == "__main__":

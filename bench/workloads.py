@@ -79,5 +79,5 @@ WORKLOADS = {
         Workload("crowd", (64, 128, 64, 10), "relu", 10_000, 5, 5, 3, "cross_entropy"),
     )
 }
-# What `make bench` times; the others join when there is an engine for them to measure.
-TIMED = ("sine", "sine K=5", "omniglot", "wide", "crowd")
+# What `make bench` times.
+TIMED = ("sine", "sine K=5", "rl", "omniglot", "wide", "meta_siren", "learnit", "crowd")

@@ -121,6 +121,8 @@ class _MetaLoss(torch.autograd.Function):
         needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
         compiled = compiled and plan.engine == "batched"  # kernels are compiled already
         step = batched.compiled_step(plan, needed) if compiled else partial(_engine(plan).step, plan, needed)
+        if plan.engine == "batched" and support.x.device.type == "cpu":
+            batched.keep_freed_memory()
         values, features, counts = [], [], []
         outer: Gradients = [None] * len(parameters)
         # Dynamo asks for the gradients of what it is given, which those computed from others have not.

@@ -1,4 +1,4 @@
-"""The batched engine's part of the planner: the form of each layer, and how many tasks at a time."""
+"""The batched engine's part of the planner: the form of each layer, and how many tasks and samples at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,35 @@ from dataclasses import replace
 import torch
 
 from .batch import Sizes
-from .costs import CPU, GPU, Device, Operation, Shape, layer_bytes, layer_operations, state_bytes
+from .costs import (
+    CPU,
+    GPU,
+    Device,
+    Operation,
+    Shape,
+    WorkingSet,
+    layer_bytes,
+    layer_operations,
+    pass_bytes,
+    state_bytes,
+)
 from .engines import fold_step
 from .inner import InnerLoop
 from .plans import FORMS, Estimate, LayerPlan, Override, Plan
 from .problem import Problem
 
+WRITTEN = ("primal", "shared")  # forms whose gradients can be summed over blocks of samples
+# Samples of a task that are too few to take fewer at a time: launches would take longer than what they compute.
+LEAST_ROWS = 64
+
 
 def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan | str]:
     """The plan of batched torch ops, and what it would be with every layer in one form."""
+    if told.rows is not None and told.rows < max(sizes.shots, sizes.queries):
+        forms = told.forms or ("primal",) * problem.network.depth
+        told = replace(told, forms=forms)
+        if (why := block_obstacle(problem, forms)) is not None:
+            raise ValueError(f"rows is {told.rows}, but the samples of a task cannot run in blocks: {why}")
     found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, told, reason)}
     for form in FORMS:
         forms = (form,) * problem.network.depth
@@ -26,7 +46,7 @@ def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -
         if why is not None:
             found[f"all {form}"] = why
             continue
-        found[f"all {form}"] = _fastest(problem, sizes, replace(told, forms=forms, chunk=None), reason)
+        found[f"all {form}"] = _fastest(problem, sizes, replace(told, forms=forms, chunk=None, rows=None), reason)
     return found
 
 
@@ -35,32 +55,23 @@ def _fastest(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Pla
     device = CPU if sizes.device.type == "cpu" else GPU
     candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
     plans = [_plan_chunk(problem, sizes, device, told, chunk, reason) for chunk in candidates]
+    # Blocks do not bound what `predict` holds, so they make no chunk possible that is not possible without them.
     within = [plan for plan in plans if plan.memory <= told.memory_bound] or plans[-1:]
-    return min(within, key=lambda plan: plan.estimate.seconds)
+    in_blocks = [_in_blocks(plan, device, rows) for plan in within for rows in _blocks(plan, told)]
+    if told.rows is not None and in_blocks:
+        within = in_blocks
+    return min(within + in_blocks, key=lambda plan: (max(plan.memory - told.memory_bound, 0), plan.estimate.seconds))
 
 
 def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str) -> Plan:
     """The cheapest forms for a given number of tasks at a time."""
-    inner, layers = problem.inner, problem.network.layers
-    itemsize = max(sizes.dtype.itemsize, torch.float32.itemsize)
-    shape = Shape(
-        tasks=chunk,
-        shots=sizes.shots,
-        queries=0 if problem.outer == "reptile" else sizes.queries,
-        steps=inner.steps,
-        itemsize=itemsize,
-        momentum=inner.momentum > 0.0,
-        decay=inner.weight_decay > 0.0,
-        passes=max(inner.steps, 1) if problem.multi_step else 1,
-        updates=_updates(inner),
-        copies=2 * (inner.optimizer == "adam")
-        + (0 if inner.learn_lr is None else inner.steps if inner.learns_each_step else 1),
-    )
-    times = math.ceil(sizes.tasks / chunk)
+    shape, times = _shape(problem, sizes, chunk), math.ceil(sizes.tasks / chunk)
+    layers = problem.network.layers
+    of_pass = sum(pass_bytes(layer, shape) for layer in layers)
     chosen, held, state = [], 0.0, 0.0
     for i, layer in enumerate(layers):
-        chosen.append(_plan_layer(problem, i, shape, device, told, times, sizes.each_step))
-        form, first = chosen[-1].form, i == inner.first_adapted and not sizes.each_step
+        chosen.append(_plan_layer(problem, i, shape, device, told, times, sizes.each_step, of_pass))
+        form, first = chosen[-1].form, i == problem.inner.first_adapted and not sizes.each_step
         held += layer_bytes(layer, form, first, shape)
         state += state_bytes(layer, form, first, shape)
     return Plan(
@@ -71,24 +82,93 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
         chunk=chunk,
         keeps_state=(state + held) * times <= told.memory_bound,
         memory=held,
-        naive_memory=float(2 * sizes.tasks * problem.network.parameters * itemsize),
+        naive_memory=float(2 * sizes.tasks * problem.network.parameters * shape.itemsize),
         reason=reason,
         memory_bound=told.memory_bound,
     )
 
 
+def _shape(problem: Problem, sizes: Sizes, chunk: int) -> Shape:
+    inner = problem.inner
+    return Shape(
+        tasks=chunk,
+        shots=sizes.shots,
+        queries=0 if problem.outer == "reptile" else sizes.queries,
+        steps=inner.steps,
+        itemsize=max(sizes.dtype.itemsize, torch.float32.itemsize),
+        momentum=inner.momentum > 0.0,
+        decay=inner.weight_decay > 0.0,
+        passes=max(inner.steps, 1) if problem.multi_step else 1,
+        updates=_updates(inner),
+        copies=2 * (inner.optimizer == "adam")
+        + (0 if inner.learn_lr is None else inner.steps if inner.learns_each_step else 1),
+    )
+
+
+def _in_blocks(plan: Plan, device: Device, rows: int) -> Plan:
+    """The plan with `rows` samples of a task at a time: as many steps and query passes of fewer samples each."""
+    problem, shape = plan.problem, _shape(plan.problem, plan.sizes, plan.chunk)
+    times = math.ceil(plan.sizes.tasks / plan.chunk)
+    block = replace(
+        shape,
+        shots=min(shape.shots, rows),
+        queries=min(shape.queries, rows),
+        steps=shape.steps * math.ceil(shape.shots / rows),
+        passes=shape.passes * math.ceil(shape.queries / rows),
+    )
+    first = problem.inner.first_adapted
+    # Below the first layer that moves, the support set runs through once and whole.
+    shapes = [replace(shape, steps=min(shape.steps, 1)) if i < first else block for i in range(len(plan.layers))]
+    cells = list(zip(problem.network.layers, plan.forms, shapes, strict=True))
+    of_pass = sum(pass_bytes(layer, own) for layer, _, own in cells)
+    layers, held = [], 0.0
+    for i, (layer, form, own) in enumerate(cells):
+        bytes_ = layer_bytes(layer, form, False, own)
+        working_set = WorkingSet(bytes_ + layer.parameters * shape.itemsize, of_pass)
+        found = _estimate(layer_operations(layer, form, i <= first, i == 0, own), device, working_set, times)
+        whole = plan.layers[i]
+        layers.append(replace(whole, estimates=tuple((dict(whole.estimates) | {form: found}).items())))
+        held += bytes_
+    return replace(plan, layers=tuple(layers), memory=held, rows=rows)
+
+
+def _blocks(plan: Plan, told: Override) -> list[int]:
+    """Numbers of samples that a plan may take at a time."""
+    samples = max(plan.sizes.shots, plan.sizes.queries)
+    if block_obstacle(plan.problem, plan.forms) is not None:
+        return []
+    if told.rows is not None:
+        return [told.rows] if told.rows < samples else []
+    halves = (samples >> k for k in range(1, samples.bit_length()))
+    return [rows for rows in halves if rows >= LEAST_ROWS]
+
+
+def block_obstacle(problem: Problem, forms: tuple[str, ...]) -> str | None:
+    """Why samples of a task cannot run in blocks; None where they can."""
+    if problem.network.mixes_samples:
+        return "a BatchNorm takes all samples of a set at once"
+    if problem.nonfinite == "skip":
+        return "which tasks are skipped is known when all their samples are through"
+    dual = [i for i in range(problem.inner.first_adapted, problem.network.depth) if forms[i] not in WRITTEN]
+    return f"layer {dual[0]} is {forms[dual[0]]}, and a history is of all samples of a set" if dual else None
+
+
 def _plan_layer(
-    problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int, each_step: bool
+    problem: Problem, i: int, shape: Shape, device: Device, told: Override, times: int, each_step: bool, of_pass: float
 ) -> LayerPlan:
-    """The cheapest form of a layer, or the one that is told, over `times` chunks."""
+    """The cheapest form of a layer, or the one that is told, over `times` chunks.
+
+    of_pass: bytes that a pass through all layers leaves.
+    """
     inner, layer = problem.inner, problem.network.layers[i]
     first = i < inner.first_adapted or (i == inner.first_adapted and not each_step)
     if i < inner.first_adapted:  # its support features stay the same at every step
         shape = replace(shape, steps=min(shape.steps, 1))
 
     def estimate(form: str) -> Estimate:
-        working_set = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
-        return _estimate(layer_operations(layer, form, first, i == 0, shape), device, working_set, times)
+        own = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
+        operations = layer_operations(layer, form, first, i == 0, shape)
+        return _estimate(operations, device, WorkingSet(own, of_pass), times)
 
     forms = [form for form in FORMS if form_obstacle(problem, i, form) is None]
     if not forms:
@@ -137,7 +217,7 @@ def _updates(inner: InnerLoop) -> int:
     )
 
 
-def _estimate(operations: Iterable[Operation], device: Device, working_set: float, times: int) -> Estimate:
+def _estimate(operations: Iterable[Operation], device: Device, working_set: WorkingSet, times: int) -> Estimate:
     whole = Operation(*map(sum, zip(*operations, strict=True)))
     return Estimate(times * whole.seconds(device, working_set), times * whole.flops, times * whole.bytes)
 

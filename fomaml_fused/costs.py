@@ -6,6 +6,7 @@ and memory traffic, which fits small batched products better than their maximum 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,10 @@ class Device:
         launch: seconds to start one torch op.
         matrix: seconds for each matrix of a batched product, beside its arithmetic and traffic.
         flops: floating-point operations a second in float32 matrix products.
-        cached, streamed: bytes a second while the working set fits into `cache` bytes, and when it does not.
+        cached, streamed: bytes a second while the working set fits, and when it does not.
+        cache: bytes that a layer may hold for that.
+        turnover: bytes that a pass through all layers may hold for that; more is given back to the system after every
+            pass, and comes again page by page.
     """
 
     name: str
@@ -32,16 +36,30 @@ class Device:
     cached: float
     streamed: float
     cache: int
+    turnover: float
 
-    def bandwidth(self, working_set: float) -> float:
-        return self.cached if working_set <= self.cache else self.streamed
+    def bandwidth(self, working_set: WorkingSet) -> float:
+        fits = working_set.layer <= self.cache and working_set.of_pass <= self.turnover
+        return self.cached if fits else self.streamed
 
 
 # Fitted to whole meta-steps of the sweep of `bench.regret` on two cores of a Xeon with AVX-512 (torch 2.13.0): a launch
 # is an op with the Python around it.
-CPU = Device("cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20)
+CPU = Device(
+    "cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20, turnover=18 << 20
+)
 # The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
-GPU = Device("gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20)
+# What a pass leaves there torch keeps for the next one.
+GPU = Device(
+    "gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20, turnover=math.inf
+)
+
+
+class WorkingSet(NamedTuple):
+    """Bytes that the layer of an operation holds, and those that a pass through all layers does."""
+
+    layer: float
+    of_pass: float
 
 
 class Operation(NamedTuple):
@@ -52,7 +70,7 @@ class Operation(NamedTuple):
     flops: float
     bytes: float
 
-    def seconds(self, device: Device, working_set: float) -> float:
+    def seconds(self, device: Device, working_set: WorkingSet) -> float:
         traffic = self.bytes / device.bandwidth(working_set)
         return self.launches * device.launch + self.matrices * device.matrix + self.flops / device.flops + traffic
 
@@ -201,6 +219,12 @@ def layer_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:
     elif dual:
         held += dual * s * (i + o) + 2 * rows * dual * s
     return float(held * shape.tasks * shape.itemsize)
+
+
+def pass_bytes(layer: Layer, shape: Shape) -> float:
+    """Bytes of a layer's part of a pass through the network: inputs, what the activation keeps, gradients."""
+    numbers = max(shape.shots, shape.queries) * (layer.in_features + 2 * layer.out_features)
+    return float(numbers * shape.tasks * shape.itemsize)
 
 
 def state_bytes(layer: Layer, form: str, first: bool, shape: Shape) -> float:

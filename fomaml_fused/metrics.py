@@ -95,7 +95,7 @@ def _lengthened(values: Tensor, length: int, stays: bool) -> Tensor:
 
 def _chunk(plan: Plan, support: Support, query: Query | None, parameters: FlatParameters) -> InnerLosses:
     problem, dtype, record = plan.problem, compute_dtype(support.x.dtype), batched.Record()
-    measure = None if query is None else batched.query_loss(problem, query, dtype)
+    measure = None if query is None else batched.query_losses(problem, query, dtype, [slice(None)])[0]
     losses: list[Tensor] = []
     hits: list[Tensor] = []
 

@@ -52,6 +52,7 @@ class Plan:
         engine: one of `ENGINES`, or "reference".
         layers: the form of each layer.
         chunk: tasks that run at a time.
+        rows: samples of each of them that the batched engine takes at a time; None for all.
         keeps_state: whether `predict` keeps all tasks' adapted layers for its backward; else it adapts again.
         memory: bytes that a chunk holds at its peak, by the model.
         naive_memory: bytes of fast weights and gradients of every task, which the per-task formula would hold.
@@ -75,10 +76,16 @@ class Plan:
     precision: str | None = None
     config: Config | None = None
     others: tuple[tuple[str, Plan | str], ...] = ()
+    rows: int | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
         return tuple(layer.form for layer in self.layers)
+
+    @property
+    def at_a_time(self) -> str:
+        """Tasks, and of each of them samples."""
+        return str(self.chunk) if self.rows is None else f"{self.chunk}, of each {self.rows} samples"
 
     @property
     def estimate(self) -> Estimate:
@@ -112,7 +119,7 @@ class Plan:
         """A table of this plan beside those that it was chosen over."""
         plans = [("chosen", self), *((name, other) for name, other in self.others if isinstance(other, Plan))]
         rows = [("plan", "tasks at a time", "flops", "bytes", "time", "held")]
-        rows += [(name, str(p.chunk), *_row(p.estimate), scaled(p.memory, "B")) for name, p in plans]
+        rows += [(name, p.at_a_time, *_row(p.estimate), scaled(p.memory, "B")) for name, p in plans]
         rows.append(("per task, by the formula", "1", "", "", "", scaled(self.naive_memory, "B")))
         cannot = [f"{name} cannot run: {why}" for name, why in self.others if isinstance(why, str)]
         return [*table(rows), "", *cannot, "times are the cost model's, for comparison; they are not measurements"]
@@ -127,6 +134,7 @@ class Override:
     Attributes:
         forms: the form of each layer, "primal", "dual" or "dual:k"; layers that do not move stay shared.
         chunk: tasks at a time.
+        rows: samples of a task at a time, in the batched engine.
         memory_bound: bytes of scratch that a chunk may take.
         config: a kernel's warps and tiles.
         engine: one of `ENGINES`.
@@ -134,6 +142,7 @@ class Override:
 
     forms: tuple[str, ...] | None = None
     chunk: int | None = None
+    rows: int | None = None
     memory_bound: int = MEMORY_BOUND
     config: Config | None = None
     engine: str | None = None
@@ -143,6 +152,8 @@ class Override:
             raise ValueError(f"forms is {self.forms}; it takes 'primal', 'dual' or 'dual:k', k >= 1, for each layer")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it takes at least one task")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; it takes at least one sample")
         if self.engine is not None and self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}; it takes one of {', '.join(ENGINES)}")
 
@@ -155,6 +166,7 @@ def override(
     *,
     forms: Sequence[str] | None = None,
     chunk: int | None = None,
+    rows: int | None = None,
     memory_bound: int | None = None,
     config: Config | None = None,
     engine: str | None = None,
@@ -170,6 +182,7 @@ def override(
     told: dict[str, Any] = {
         "forms": None if forms is None else tuple(forms),
         "chunk": chunk,
+        "rows": rows,
         "memory_bound": memory_bound,
         "config": config,
         "engine": engine,

@@ -343,8 +343,14 @@ def forms_within(forms: Sequence[str], steps: int) -> tuple[str, ...]:
     return tuple("dual" if (fold_step(form) or 0) > steps else form for form in forms)
 
 
-def by_engine(case: Case, dtype: torch.dtype, forms: Sequence[str] | None = None, chunk: int | None = None) -> Solution:
+def by_engine(
+    case: Case,
+    dtype: torch.dtype,
+    forms: Sequence[str] | None = None,
+    chunk: int | None = None,
+    rows: int | None = None,
+) -> Solution:
     """The batched engine, with the planner's choices or the given ones."""
     meta = case.meta(case.model(dtype), "torch")
-    with ff.override(forms=forms, chunk=chunk):
+    with ff.override(forms=forms, chunk=chunk, rows=rows):
         return Solution.of(meta, case, meta, dtype)

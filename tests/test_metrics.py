@@ -29,12 +29,12 @@ CASE = Case(widths=(3, 17, 9, 5), tasks=4, steps=3, loss="cross_entropy", moment
     ],
     ids=str,
 )
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_losses_accuracies_and_norms_are_the_oracles(options: dict[str, Any], chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "rows"), [(1, None), (4, None), (4, 2)])
+def test_losses_accuracies_and_norms_are_the_oracles(options: dict[str, Any], chunk: int, rows: int | None) -> None:
     case = Case(**{**{f: getattr(CASE, f) for f in ("widths", "tasks", "steps", "loss", "momentum")}, **options})
     meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)
     batch.pop("task_weight", None)
-    with ff.override(chunk=chunk):
+    with ff.override(chunk=chunk, rows=rows):
         found = meta.losses(**batch)
     for t in range(case.tasks):
         own = {name: value[t].detach() for name, value in batch.items()}

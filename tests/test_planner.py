@@ -117,6 +117,43 @@ def test_the_model_of_memory_covers_what_is_allocated() -> None:
         assert sum(held.values()) <= chosen.memory
 
 
+def test_blocks_of_samples_bound_what_a_long_support_set_holds() -> None:
+    model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    meta = ff.FOMAML(model, steps=2)
+    tensors = [torch.randn(2, 4000, n) for n in (2, 1, 2, 1)]
+    peaks = {}
+    for rows in (4000, 250):
+        with ff.override(rows=rows, chunk=1), PeakMemory() as memory:
+            meta(*tensors)
+        peaks[rows] = memory.peak
+    assert peaks[250] < 0.15 * peaks[4000]
+    with ff.override(memory_bound=1 << 20):
+        bounded = meta.plan(2, 4000, 4000)
+        with PeakMemory() as memory:
+            meta(*tensors)
+    assert bounded.rows is not None
+    assert memory.peak < 1.3 * bounded.memory < 1.3 * (1 << 20)
+    assert f"1, of each {bounded.rows} samples" in str(bounded)
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "message"),
+    [
+        ({}, {"forms": ["dual", "primal"]}, "rows is 5.*layer 0 is dual"),
+        ({"nonfinite": "skip"}, {}, "rows is 5.*which tasks are skipped"),
+        ({}, {"rows": 0}, "rows is 0"),
+    ],
+)
+def test_blocks_that_cannot_be(options: dict[str, Any], told: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), ff.override(**({"rows": 5} | told)):
+        ff.FOMAML(mlp(3, 4, 2), **options).plan(4, 20, device="cpu")
+
+
+def test_blocks_that_hold_all_samples_are_none() -> None:
+    with ff.override(rows=20, forms=["dual", "primal"]):
+        assert ff.FOMAML(mlp(3, 4, 2)).plan(4, 20, device="cpu").rows is None
+
+
 def test_plans_are_deterministic_and_cached() -> None:
     problem = ff.FOMAML(mlp(3, 4, 2)).problem
     sizes = Sizes(5, 3, 3, torch.float32, torch.device("cpu"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.regret import Case, cases, choices, regret, render, summarize
-from bench.workloads import Workload
+from bench.regret import NAMED, Case, cases, choices, regret, render, summarize
+from bench.workloads import WORKLOADS, Workload
 
 TINY = Case(Workload("", (3, 8, 5), "relu", 4, 3, 2, 2, "mse"), 0.9)
 
@@ -28,6 +28,22 @@ def test_the_planners_choice_is_compared_with_others() -> None:
     assert {1, 2, 4} <= {c.chunk for c in [chosen, *others]}
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_a_workload_is_compared_in_other_chunks_and_blocks(name: str) -> None:
+    case = Case(WORKLOADS[name], 0.0)
+    chosen, *others = choices(case)
+    plan = case.plan()
+    assert (chosen.forms, chosen.chunk, chosen.rows) == (plan.forms, plan.chunk, plan.rows)
+    assert chosen not in others
+    found = {(choice.chunk, choice.rows) for choice in others if choice.forms == chosen.forms}
+    assert len({chunk for chunk, _ in found}) >= 3
+    assert None in {rows for _, rows in [*found, (chosen.chunk, chosen.rows)]}
+    assert len({rows for _, rows in found}) >= 2
+    for choice in others:
+        told = case.plan(**choice.told)
+        assert (told.forms, told.chunk, told.rows) == (choice.forms, choice.chunk, choice.rows)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_tiny_problem_is_measured(momentum: float) -> None:
     row = regret(replace(TINY, momentum=momentum), budget=0.0)
@@ -43,7 +59,9 @@ def test_the_report_counts_what_is_close_and_shows_the_worst() -> None:
     ]
     summary = summarize(rows)
     assert (summary["problems"], summary["within_1.25"], summary["quantiles"]["50%"]) == (5, 0.6, 1.2)
-    text = render(summary, rows, worst=2)
+    named = [{"problem": "rl", "regret": 1.0, "chosen": "a", "chosen_s": 1e-3, "best": "a", "best_s": 1e-3}]
+    text = render(summary, rows, named, worst=2)
+    assert "1.00    rl" in text
     assert "5 problems: 60.0% within 1.25 of the best choice" in text
     assert "1.40    problem 4" in text
     assert "problem 2" not in text

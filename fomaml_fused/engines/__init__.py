@@ -52,6 +52,10 @@ class Planned(Protocol):
         """The form of each layer: "shared", "primal", "dual", or "dual:k", which is primal from step k on."""
 
     @property
+    def rows(self) -> int | None:
+        """Samples of a task that the batched engine takes at a time; None for all of its set."""
+
+    @property
     def engine(self) -> str: ...
 
     @property

@@ -22,11 +22,13 @@ class ActivationOps:
     Attributes:
         forward: z -> h.
         backward: (d, saved) -> d * h'(z); overwrites d. `saved` is z where `saves_input`, else h.
+        scale: what z is multiplied by before `forward` gets it: a product can do so on its way.
     """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     saves_input: bool
+    scale: float = 1.0
 
     def run(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The activation's output and what its derivative needs."""
@@ -79,8 +81,9 @@ def activation_ops(activation: Activation) -> ActivationOps:
             )
         case "sine":
             return ActivationOps(
-                lambda z: torch.mul(z, p[0]).sin_(),
-                lambda d, z: d.mul_(torch.mul(z, p[0]).cos_().mul_(p[0])),
+                torch.sin,
+                lambda d, z: torch.addcmul(d.new_zeros(()), d, z.cos(), value=p[0], out=d),
                 saves_input=True,
+                scale=p[0],
             )
     raise AssertionError(f"no ops for activation {activation}")

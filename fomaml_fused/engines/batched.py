@@ -1,7 +1,8 @@
 """The batched engine: all tasks of a chunk at once as torch ops, each layer in the form its plan names.
 
 Any device, any float dtype, no autograd graph inside. `adapt` runs the inner loop, `query_pass` and `query_backward`
-the query pass, and the outer gradient of a layer is one product contracted over tasks and queries.
+the query pass, and the outer gradient of a layer is one product contracted over tasks and queries. Where the plan says
+so, a pass takes a block of samples at a time forward and back, and gradients are summed over the blocks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..batch import Query, Support, cast_targets, compute_dtype
-from ..inner import PARTS
+from ..inner import PARTS, InnerLoop
 from ..problem import Problem
 from . import FlatParameters, Gradients, Outcome, Planned
-from .cells import Backward, Builder, Cell, Reversed, Saved
-from .losses import TaskLoss, task_loss
+from .cells import Backward, Builder, Cell, Parts, Reversed, Saved
+from .losses import TaskLoss, block_losses
 from .outer import Outer, contract, rate_gradients, reptile_outcome
 from .rules import kept
 
@@ -58,6 +59,12 @@ class Record:
     outputs: list[Tensor] = field(default_factory=list)
     squared_norms: list[Tensor] = field(default_factory=list)
 
+    def add(self, losses: Tensor, outputs: Tensor, squared_norms: Tensor) -> None:
+        """What one step was."""
+        self.losses.append(losses)
+        self.outputs.append(outputs)
+        self.squared_norms.append(squared_norms)
+
 
 def step(
     plan: Planned,
@@ -79,11 +86,11 @@ def step(
         return reptile(adapt(plan, parameters, support), needed, share)
     dtype = compute_dtype(query.x.dtype)
     x = query.x.to(dtype)
-    loss = query_loss(problem, query, dtype)
+    rows = blocks(x.shape[1], plan.rows)
+    losses = query_losses(problem, query, dtype, rows)
     outer = Outer(problem, needed, parameters, share)
 
-    def measure(adapted: Adapted, weight: float | Tensor) -> None:
-        """Add the query loss of the tasks as they are."""
+    def measure_block(adapted: Adapted, weight: float | Tensor, x: Tensor, loss: TaskLoss) -> Tensor | None:
         trace = query_pass(adapted, x)
         values, dx = loss.values(trace.outputs), None
         found: Backward = {}
@@ -91,7 +98,13 @@ def step(
             cotangent = share * weight if isinstance(share, float) else (share * weight)[:, None, None]
             d = loss.gradient(trace.outputs, cotangent)
             found, dx = reverse(adapted, trace, d, needed[1:], needed[0])
-        outer.add(adapted.cells, values if isinstance(weight, float) and weight == 1.0 else values * weight, found, dx)
+        outer.add(adapted.cells, values if isinstance(weight, float) and weight == 1.0 else values * weight, found)
+        return dx
+
+    def measure(adapted: Adapted, weight: float | Tensor) -> None:
+        """Add the query loss of the tasks as they are."""
+        found = [measure_block(adapted, weight, _samples(x, own), loss) for own, loss in zip(rows, losses, strict=True)]
+        outer.add_features([dx for dx in found if dx is not None])
 
     if query.step_weights is None or not problem.inner.steps:
         measure(adapt(plan, parameters, support), 1.0)
@@ -129,6 +142,16 @@ def displacements(adapted: Adapted, shares: Tensor, needed: Sequence[bool], keep
     found = [part for cell in adapted.cells for part in cell.displacement(shares, keep)]
     found += [None] * (len(needed) - len(found))
     return [value if need else None for value, need in zip(found, needed, strict=True)]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep what a pass over samples frees for the next one, once in a process.
+
+    Glibc hands free memory back above twice the largest block that it has mapped and freed, up to 64 MB, and every page
+    that comes again is a fault. A block that is never written costs nothing and raises the bound; elsewhere it is idle.
+    """
+    torch.UntypedStorage(31 << 20)
 
 
 _COUNTER = count()
@@ -181,11 +204,12 @@ def trajectory(
     if visit is not None:
         visit(adapted, 0)
     moving = adapted.cells[first:]
-    losses = _support_losses(problem, support, dtype) if moving else []
+    rows = blocks(shots, plan.rows)
+    losses = _support_losses(problem, support, dtype, rows) if moving else []
     for k in range(inner.steps):
         if moving:
-            samples, loss = (x[:, k], losses[k]) if support.each_step else (x, losses[0])
-            _step(moving, samples, loss, problem, record)
+            samples, of_blocks = (x[:, k], losses[k]) if support.each_step else (x, losses[0])
+            _step(moving, [_samples(samples, block) for block in rows], of_blocks, inner, record)
         if visit is not None:
             visit(adapted, k + 1)
     for cell in adapted.cells:
@@ -193,46 +217,70 @@ def trajectory(
     return adapted
 
 
-def _step(moving: list[Cell], x: Tensor, loss: TaskLoss, problem: Problem, record: Record | None) -> None:
-    """One inner step of the layers from the first that moves."""
-    inner, saved, h = problem.inner, [], x
-    for cell in moving:
-        h, left = cell.forward(h)
-        saved.append(left)
-    found: list[Reversed] = []
-    d = loss.gradient(h, 1.0)
-    for i in range(len(moving) - 1, -1, -1):
-        found.append(moving[i].reverse(d, saved[i]))
-        if i:
-            d = moving[i].form.backward(found[-1].d)
-    steps = [(cell, own) for cell, own in zip(moving, reversed(found), strict=True) if cell.moves]
-    if record is not None:
-        record.losses.append(loss.values(h))
-        record.outputs.append(h)
-        record.squared_norms.append(torch.stack([cell.squared_norm(own) for cell, own in steps]).sum(0))
-    if inner.max_grad_value is not None:
-        _clipped_step(steps, inner.max_grad_value, inner.max_grad_norm)
+def _step(
+    moving: list[Cell], samples: list[Tensor], losses: list[TaskLoss], inner: InnerLoop, record: Record | None
+) -> None:
+    """One inner step of the layers from the first that moves, from blocks of samples and the loss of each."""
+    if len(samples) > 1 or inner.max_grad_value is not None:
+        _step_along_gradients(moving, samples, losses, inner, record)
         return
-    factor = None
-    if inner.max_grad_norm is not None:
-        squared = torch.stack([cell.squared_norm(own) for cell, own in steps]).sum(0)
-        factor = _norm_factor(squared, inner.max_grad_norm)
-    for cell, own in steps:
+    if record is None and inner.max_grad_norm is None:
+        _pass(moving, samples[0], losses[0], lambda cell, own: cell.step(own, None))
+        return
+    found: list[tuple[Cell, Reversed]] = []
+    h = _pass(moving, samples[0], losses[0], lambda cell, own: found.append((cell, own)))
+    squared = torch.stack([cell.squared_norm(own) for cell, own in found if cell.moves]).sum(0)
+    if record is not None:
+        record.add(losses[0].values(h), h, squared)
+    factor = None if inner.max_grad_norm is None else _norm_factor(squared, inner.max_grad_norm)
+    for cell, own in found:
         cell.step(own, factor)
 
 
-def _clipped_step(steps: list[tuple[Cell, Reversed]], value: float, norm: float | None) -> None:
-    """Step along gradients whose elements are clipped, and then their norm where it has a bound."""
-    gradients = [{p: g.clamp(-value, value) for p, g in cell.gradients(own).items()} for cell, own in steps]
-    if norm is not None:
-        squared = [g.flatten(1).square().sum(1) for parts in gradients for g in parts.values()]
-        factor = _norm_factor(torch.stack(squared).sum(0), norm)
-        gradients = [{p: g * factor.view(-1, *[1] * (g.dim() - 1)) for p, g in parts.items()} for parts in gradients]
-    for (cell, _), parts in zip(steps, gradients, strict=True):
-        for part, gradient in parts.items():
-            parameter = cell.own(part)
-            assert parameter is not None
-            parameter.step(gradient)
+def _pass(moving: list[Cell], x: Tensor, loss: TaskLoss, visit: Callable[[Cell, Reversed], None]) -> Tensor:
+    """Support samples x [T, N, in] forward and back, and their outputs [T, N, out].
+
+    visit: called with every cell and its part of the backward pass, from the last one down, when nothing below needs
+        the cell as it is any more.
+    """
+    saved, h = [], x
+    for cell in moving:
+        h, left = cell.forward(h)
+        saved.append(left)
+    d = loss.gradient(h, 1.0)
+    for i in range(len(moving) - 1, -1, -1):
+        own = moving[i].reverse(d, saved.pop())
+        if i:
+            d = moving[i].form.backward(own.d)
+        visit(moving[i], own)
+    return h
+
+
+def _step_along_gradients(
+    moving: list[Cell], samples: list[Tensor], losses: list[TaskLoss], inner: InnerLoop, record: Record | None
+) -> None:
+    """As `_step`, along gradients that are written: summed over blocks, clipped by element and then by norm."""
+    gradients: dict[int, Parts] = {id(cell): {} for cell in moving}
+    values, outputs = [], []
+    for x, loss in zip(samples, losses, strict=True):
+        h = _pass(moving, x, loss, lambda cell, own: cell.add_gradients(own, gradients[id(cell)]))
+        if record is not None:
+            values.append(loss.values(h))
+            outputs.append(h)
+    steps = [(own, g) for cell in moving for part, g in gradients[id(cell)].items() if (own := cell.own(part))]
+
+    def squared_norm() -> Tensor:
+        return torch.stack([g.flatten(1).square().sum(1) for _, g in steps]).sum(0)
+
+    if record is not None:
+        record.add(torch.stack(values).sum(0), torch.cat(outputs, 1), squared_norm())
+    if inner.max_grad_value is not None:
+        steps = [(own, g.clamp_(-inner.max_grad_value, inner.max_grad_value)) for own, g in steps]
+    if inner.max_grad_norm is not None:
+        factor = _norm_factor(squared_norm(), inner.max_grad_norm)
+        steps = [(own, g * factor.view(-1, *[1] * (g.dim() - 1))) for own, g in steps]
+    for own, gradient in steps:
+        own.step(gradient)
 
 
 def _norm_factor(squared: Tensor, bound: float) -> Tensor:
@@ -240,22 +288,34 @@ def _norm_factor(squared: Tensor, bound: float) -> Tensor:
     return (bound / (squared.sqrt() + 1e-6)).clamp_(max=1.0)
 
 
-def _support_losses(problem: Problem, support: Support, dtype: torch.dtype) -> list[TaskLoss]:
-    """The loss of each step, or the one of all."""
+def blocks(samples: int, rows: int | None) -> list[slice]:
+    """Samples of a task, `rows` at a time; None for all at once."""
+    if rows is None or rows >= samples:
+        return [slice(None)]
+    return [slice(start, start + rows) for start in range(0, samples, rows)]
+
+
+def _samples(x: Tensor, own: slice) -> Tensor:
+    return x if own == slice(None) else x[:, own]
+
+
+def _support_losses(problem: Problem, support: Support, dtype: torch.dtype, rows: list[slice]) -> list[list[TaskLoss]]:
+    """Of each step, or of all alike, the loss by block."""
     y, weight = cast_targets(support.y, dtype), None if support.weight is None else support.weight.to(dtype)
     out = problem.network.out_features
     if not support.each_step:
-        return [task_loss(problem.loss, y, weight, out, dtype)]
+        return [block_losses(problem.loss, y, weight, out, dtype, rows)]
     return [
-        task_loss(problem.loss, y[:, k], None if weight is None else weight[:, k], out, dtype)
+        block_losses(problem.loss, y[:, k], None if weight is None else weight[:, k], out, dtype, rows)
         for k in range(problem.inner.steps)
     ]
 
 
-def query_loss(problem: Problem, query: Query, dtype: torch.dtype) -> TaskLoss:
-    """The loss of each task on its query set."""
+def query_losses(problem: Problem, query: Query, dtype: torch.dtype, rows: list[slice]) -> list[TaskLoss]:
+    """The loss of each task on its query set, by block."""
     weight = None if query.weight is None else query.weight.to(dtype)
-    return task_loss(problem.outer_loss, cast_targets(query.y, dtype), weight, problem.network.out_features, dtype)
+    y = cast_targets(query.y, dtype)
+    return block_losses(problem.outer_loss, y, weight, problem.network.out_features, dtype, rows)
 
 
 def query_pass(adapted: Adapted, x: Tensor) -> Trace:

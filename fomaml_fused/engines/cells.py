@@ -77,10 +77,13 @@ class Cell:
 
     def forward(self, x: Tensor, *, query: bool = False) -> tuple[Tensor, Saved]:
         """The output [T, S, out] for inputs [T, S, in]; query: they are other than the support set."""
-        z, norm = self.form.query(x) if query else self.form.forward(x), None
+        ops, norm = activation_ops(self.activation), None
+        scale = ops.scale if self.norm is None else 1.0
+        z = self.form.query(x, scale) if query else self.form.forward(x, scale)
         if self.norm is not None:
             z, norm = self.norm.forward(z)
-        h, saved = activation_ops(self.activation).run(z)
+            z = z if ops.scale == 1.0 else z.mul_(ops.scale)
+        h, saved = ops.run(z)
         return h, Saved(x, saved, norm)
 
     def reverse(self, d: Tensor, saved: Saved) -> Reversed:
@@ -111,13 +114,14 @@ class Cell:
             parts.append(self.form.squared_norm(found.x, found.d))
         return torch.stack(parts).sum(0)
 
-    def gradients(self, found: Reversed) -> Parts:
-        """Each task's gradient of each part that moves."""
-        gradients = {part: found.norm[part] for part in self.moves if part in found.norm}
+    def add_gradients(self, found: Reversed, total: Parts) -> None:
+        """Add each task's gradient of each part that moves to those of other samples."""
         if self.form_moves:
             assert isinstance(self.form, PrimalLayer)
-            gradients |= self.form.gradients(found.x, found.d)
-        return gradients
+            self.form.add_gradients(found.x, found.d, total)
+        for part in self.moves:
+            if part in found.norm:
+                total[part] = found.norm[part] if part not in total else total[part].add_(found.norm[part])
 
     def own(self, part: str) -> OwnParameter | None:
         """A part that each task has for itself; None where no task has."""

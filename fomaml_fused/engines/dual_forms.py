@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..inner import InnerLoop
 from .coefficients import Coefficients, LearnedCoefficients
-from .forms import SharedLayer, squared_gradient_norm
+from .forms import SharedLayer, squared_gradient_norm, times
 from .rules import Rate, kept
 
 
@@ -138,15 +138,15 @@ class DualLayer(HistoryLayer):
             rows = [row + (0.0,) * (steps - len(row)) for row in numbers.history]
             self.history_weights = weight.new_tensor(rows).repeat_interleave(shots, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float) -> Tensor:
         z = self._shared(x, self._scale())
         if self.taken == 0:
-            return z
+            return times(z, scale)
         inputs, gradients = self._past()
         gram = torch.bmm(x, inputs.mT)  # [T, S, k * S]
         if self.bias_moves:
             gram.add_(1.0)
-        return z.baddbmm_(self._weigh(gram), gradients, alpha=-1.0)
+        return times(z.baddbmm_(self._weigh(gram), gradients, alpha=-1.0), scale)
 
     def backward(self, d: Tensor) -> Tensor:
         dx = self._shared_backward(d, self._scale())
@@ -224,19 +224,19 @@ class DualFirstLayer(HistoryLayer):
         self.summed_velocity: Tensor | None = None  # sum_j vc_{k,j} D_j: [T, S, out]
         self.gradients: list[Tensor] = []  # D_j, where rates are learned
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float) -> Tensor:
         assert self.shared_z is not None
         assert self.gram is not None
         if self.history is None:
-            return self.shared_z.clone()
-        scale = self._scale()
-        if isinstance(scale, float) and (self.bias_moves or self.bias is None or scale == 1.0):
-            return torch.baddbmm(self.shared_z, self.gram, self.history, beta=scale, alpha=-1.0)
-        return self._shared(x, scale).baddbmm_(self.gram, self.history, alpha=-1.0)
+            return self.shared_z * scale if scale != 1.0 else self.shared_z.clone()
+        of_shared = self._scale()
+        if isinstance(of_shared, float) and (self.bias_moves or self.bias is None or of_shared == 1.0):
+            return torch.baddbmm(self.shared_z, self.gram, self.history, beta=scale * of_shared, alpha=-scale)
+        return times(self._shared(x, of_shared).baddbmm_(self.gram, self.history, alpha=-1.0), scale)
 
-    def query(self, x: Tensor) -> Tensor:
+    def query(self, x: Tensor, scale: float) -> Tensor:
         z = self._shared(x, self._scale())
-        return z if self.history is None else z.baddbmm_(self._gram(x), self.history, alpha=-1.0)
+        return times(z if self.history is None else z.baddbmm_(self._gram(x), self.history, alpha=-1.0), scale)
 
     def backward(self, d: Tensor) -> Tensor:
         dx = self._shared_backward(d, self._scale())

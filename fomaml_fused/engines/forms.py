@@ -2,8 +2,8 @@
 
 A form answers the same questions for a chunk of T tasks; support samples are [T, S, ...], query samples [T, Q, ...]:
 
-    forward(x)               Z of the support samples with the weights as they are, after the steps that were taken
-    query(x)                 the same of other samples
+    forward(x, scale)        scale * Z of the support samples with the weights as they are, after the steps so far
+    query(x, scale)          the same of other samples
     backward(d)              the gradient with respect to that layer's input
     step(x, d)               take the next inner step from its input X and the gradient D of its pre-activation
     squared_norm(x, d)       of each task's gradient from these, [T]
@@ -35,11 +35,11 @@ class SharedLayer:
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._shared(x)
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self._shared(x, scale)
 
-    def query(self, x: Tensor) -> Tensor:
-        return self.forward(x)
+    def query(self, x: Tensor, scale: float) -> Tensor:
+        return self.forward(x, scale)
 
     def backward(self, d: Tensor) -> Tensor:
         return self._shared_backward(d)
@@ -100,16 +100,17 @@ class PrimalLayer(SharedLayer):
         super().__init__(weight, bias)
         self.own_weight, self.own_bias = own_weight, own_bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float) -> Tensor:
         weight = None if self.own_weight is None else self.own_weight.value
         bias = self.bias if self.own_bias is None or self.own_bias.value is None else self.own_bias.value
         if weight is not None:
-            return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
+            if bias is not None:
+                return torch.baddbmm(bias, x, weight.mT, beta=scale, alpha=scale)
+            return times(torch.bmm(x, weight.mT), scale)
         if bias is self.bias or bias is None:
-            return self._shared(x)
-        return (
-            torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t()).view(*x.shape[:-1], self.weight.shape[0]).add_(bias)
-        )
+            return self._shared(x, scale)
+        z = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t())
+        return times(z.view(*x.shape[:-1], self.weight.shape[0]).add_(bias), scale)
 
     def backward(self, d: Tensor) -> Tensor:
         weight = None if self.own_weight is None else self.own_weight.value
@@ -123,12 +124,18 @@ class PrimalLayer(SharedLayer):
 
     def gradients(self, x: Tensor, d: Tensor) -> dict[str, Tensor]:
         """Of each part that moves, [T, out, in] and [T, 1, out]."""
-        found = {}
-        if self.own_weight is not None:
-            found["weight"] = torch.bmm(d.mT, x)
-        if self.own_bias is not None:
-            found["bias"] = d.sum(1, keepdim=True)
+        found: dict[str, Tensor] = {}
+        self.add_gradients(x, d, found)
         return found
+
+    def add_gradients(self, x: Tensor, d: Tensor, total: dict[str, Tensor]) -> None:
+        """Add to those of other samples; `total` may be empty."""
+        if self.own_weight is not None:
+            before = total.get("weight")
+            total["weight"] = torch.bmm(d.mT, x) if before is None else before.baddbmm_(d.mT, x)
+        if self.own_bias is not None:
+            summed = d.sum(1, keepdim=True)
+            total["bias"] = summed if "bias" not in total else total["bias"].add_(summed)
 
     def squared_norm(self, x: Tensor, d: Tensor) -> Tensor:
         return squared_gradient_norm(x, d, self.own_weight is not None, self.own_bias is not None)
@@ -177,11 +184,11 @@ class FoldingLayer(SharedLayer):
         self.layer: DualLayer | DualFirstLayer | PrimalLayer = dual
         self.primal, self.fold, self.momentum = primal, fold, momentum
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer.forward(x)
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.layer.forward(x, scale)
 
-    def query(self, x: Tensor) -> Tensor:
-        return self.layer.query(x)
+    def query(self, x: Tensor, scale: float) -> Tensor:
+        return self.layer.query(x, scale)
 
     def backward(self, d: Tensor) -> Tensor:
         return self.layer.backward(d)
@@ -233,6 +240,11 @@ def squared_gradient_norm(x: Tensor, d: Tensor, weight: bool, bias: bool) -> Ten
         return squared.to(dtype)
     total = d.sum(1).square().sum(1) if bias else x.new_zeros(x.shape[0])
     return total + torch.bmm(d.mT, x).square().sum((1, 2)) if weight else total
+
+
+def times(z: Tensor, scale: float) -> Tensor:
+    """Z times a number, in place."""
+    return z if scale == 1.0 else z.mul_(scale)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: Rate) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,15 +36,45 @@ def task_loss(loss: Loss, targets: Tensor, weight: Tensor | None, out_features: 
         out_features: the width of the outputs.
         dtype: of the outputs.
     """
-    values = partial(_task_values, loss, targets, weight)
+    shares = None if weight is None else weight / weight.sum(1, keepdim=True)
+    return _loss_of(loss, targets, shares, targets.shape[1], out_features, dtype)
+
+
+def block_losses(
+    loss: Loss,
+    targets: Tensor,
+    weight: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+    blocks: Sequence[slice],
+) -> list[TaskLoss]:
+    """As `task_loss`, of each block of samples: what it adds to the loss of its task."""
+    if len(blocks) == 1:
+        return [task_loss(loss, targets, weight, out_features, dtype)]
+    shares = None if weight is None else weight / weight.sum(1, keepdim=True)
+    return [
+        _loss_of(
+            loss, targets[:, own], None if shares is None else shares[:, own], targets.shape[1], out_features, dtype
+        )
+        for own in blocks
+    ]
+
+
+def _loss_of(
+    loss: Loss, targets: Tensor, shares: Tensor | None, samples: int, out_features: int, dtype: torch.dtype
+) -> TaskLoss:
+    """What some samples of each task add to its loss.
+
+    shares: what each of them counts, [T, N], or None for one of `samples`.
+    """
+    values = partial(_values, loss, targets, shares, samples)
     if loss.name == "callable":
         return TaskLoss(partial(_autograd_gradient, values), values)
-    samples = targets.shape[1]
     averaged = samples if loss.takes_classes else samples * out_features
     # dL/dz = scale * residual(z): a number when all samples count alike, else a factor per sample [T, N, 1].
     scale: float | Tensor = (2.0 if loss.name == "mse" else 1.0) / max(averaged, 1)
-    if weight is not None:
-        scale = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1) * (samples * scale)
+    if shares is not None:
+        scale = shares.unsqueeze(-1) * (samples * scale)
     residual = _residual(loss, targets, out_features, dtype)
     return TaskLoss(lambda outputs, cotangents: residual(outputs).mul_(scale * cotangents), values)
 
@@ -65,6 +95,11 @@ def sample_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
         case "bce_with_logits":
             return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(-1)
         case "cross_entropy":
+            if _by_class(outputs):
+                likelihoods = torch.log_softmax(outputs.t(), 0)  # [out, N]
+                found = F.nll_loss(likelihoods.t(), targets, reduction="none")
+                smooth = loss.label_smoothing
+                return found if not smooth else (1.0 - smooth) * found - smooth * likelihoods.mean(0)
             return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=loss.label_smoothing)
     assert loss.function is not None
     samples = loss.function(outputs, targets)
@@ -76,9 +111,9 @@ def sample_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
     return samples
 
 
-def _task_values(loss: Loss, targets: Tensor, weight: Tensor | None, outputs: Tensor) -> Tensor:
-    samples = sample_losses(loss, outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape[:2])
-    return samples.mean(1) if weight is None else (samples * weight).sum(1) / weight.sum(1)
+def _values(loss: Loss, targets: Tensor, shares: Tensor | None, samples: int, outputs: Tensor) -> Tensor:
+    found = sample_losses(loss, outputs.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape[:2])
+    return found.sum(1) / samples if shares is None else (found * shares).sum(1)
 
 
 def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -95,11 +130,23 @@ def _residual(loss: Loss, targets: Tensor, out_features: int, dtype: torch.dtype
             return lambda z: torch.sigmoid(z).sub_(targets)
         case "cross_entropy":
             smooth = loss.label_smoothing
-            expected = F.one_hot(targets, out_features).to(dtype)
+            expected = torch.zeros(out_features, targets.numel(), dtype=dtype, device=targets.device)
+            expected.scatter_(0, targets.reshape(1, -1), 1.0)
             if smooth:
-                expected = expected.mul_(1.0 - smooth).add_(smooth / out_features)
+                expected.mul_(1.0 - smooth).add_(smooth / out_features)
+            if _by_class(expected.t()):
+                return lambda z: torch.softmax(z.flatten(0, 1).t(), 0).sub_(expected).t().unflatten(0, z.shape[:2])
+            expected = expected.t().contiguous().unflatten(0, targets.shape)
             return lambda z: torch.softmax(z, -1).sub_(expected)
     raise AssertionError(f"no gradient for loss {loss}")
+
+
+def _by_class(outputs: Tensor) -> bool:
+    """Whether the softmax of outputs [N, out] goes class by class, over all samples at once.
+
+    Sample by sample, torch on a CPU takes vectors of 16 numbers: for fewer classes that is several times as long.
+    """
+    return outputs.device.type == "cpu" and outputs.shape[1] < 16
 
 
 def _autograd_gradient(values: Callable[[Tensor], Tensor], outputs: Tensor, cotangents: float | Tensor) -> Tensor:

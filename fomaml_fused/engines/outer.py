@@ -27,10 +27,15 @@ class Outer:
         self.gradients: Gradients = [None] * len(parameters)
         self.passes: list[tuple[Backward, dict[int, Tensor]]] = []
 
-    def add(self, cells: list[Cell], values: Tensor, found: Backward, dx: Tensor | None) -> None:
-        """One pass: losses [T], what its backward left, and the gradient of the query features."""
+    def add_features(self, blocks: list[Tensor]) -> None:
+        """The gradient of the query features from one pass, block by block."""
+        if blocks:
+            dx = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+            self.dx = dx if self.dx is None else self.dx.add_(dx)
+
+    def add(self, cells: list[Cell], values: Tensor, found: Backward) -> None:
+        """One pass, or a block of its samples: what it adds to the losses [T], and what its backward left."""
         self.values = values if self.values is None else self.values + values
-        self.dx = dx if self.dx is None or dx is None else self.dx.add_(dx)
         rates = rate_gradients(self.problem, cells, found, self.needed)
         if self.skips:  # which tasks count is known after the last pass
             self.passes.append((found, rates))
