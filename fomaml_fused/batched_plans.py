@@ -32,12 +32,17 @@ LEAST_ROWS = 64
 
 
 def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan | str]:
-    """The plan of batched torch ops, and what it would be with every layer in one form."""
+    """The plan of batched torch ops, and what it would be with every layer in one form.
+
+    Raises:
+        ValueError: it is told to take the samples of a task in blocks, and cannot.
+    """
     if told.rows is not None and told.rows < max(sizes.shots, sizes.queries):
         forms = told.forms or ("primal",) * problem.network.depth
-        told = replace(told, forms=forms)
-        if (why := block_obstacle(problem, forms)) is not None:
+        why = block_obstacle(problem, forms)
+        if why is not None and told.engine in (None, "batched"):
             raise ValueError(f"rows is {told.rows}, but the samples of a task cannot run in blocks: {why}")
+        told = replace(told, forms=forms, rows=told.rows if why is None else None)
     found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, told, reason)}
     for form in FORMS:
         forms = (form,) * problem.network.depth

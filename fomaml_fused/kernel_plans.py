@@ -6,7 +6,6 @@ Asks Triton of the device, so it is imported only where Triton is.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -245,10 +244,9 @@ def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device:
     own = 4.0 * spec.parameters * (copies + (inner.max_grad_norm is not None or problem.nonfinite == "skip"))
     row = (2 if precision in ("bf16", "fp16") else 4) * sum(a + b for a, b in pairwise(network.widths))
     row += 4 * (sum(network.widths[1:]) if engine == "primal" else network.widths[-1])
-    rows = max(sizes.shots, sizes.queries, 1)
-    if told.config is None:  # no more samples under way than half of the bound has room for, in whole blocks
-        most = int(told.memory_bound // (2 * row)) // config.samples * config.samples
-        config = replace(config, rows=max(min(rows, most), config.samples))
+    # No more samples under way than half of the bound has room for, in whole blocks.
+    most = max(int(told.memory_bound // (2 * row)) // config.samples * config.samples, config.samples)
+    rows, samples = told.rows or most, max(sizes.shots, sizes.queries, 1)
     how = "a launch a layer, its features spread over programs"
     if engine == "chained":
         how = "a program takes its samples through all layers"
@@ -261,8 +259,9 @@ def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device:
         precision,
         config,
         primal_work(problem, sizes, usual, precision, chained=engine == "chained"),
-        held=own + row * min(rows, config.rows),
+        held=own + row * min(rows, samples),
         reason=f"weights of each task, {how}, {_layout(config, precision)}",
+        rows=rows if rows < samples else None,
     )
 
 
@@ -329,8 +328,9 @@ def _plan(
     *,
     held: float,
     reason: str,
+    rows: int | None = None,
 ) -> Plan:
-    """held: bytes of a task that a meta-step holds at its peak, and that `predict` keeps."""
+    """held: bytes of a task that a meta-step holds at its peak, and that `predict` keeps.  rows: as in the plan."""
     depth = problem.network.depth
     chunk = told.chunk or max(1, min(sizes.tasks, int(told.memory_bound // max(held, 1.0))))
     share = Estimate(work.seconds / depth, work.flops / depth, work.bytes / depth)
@@ -340,6 +340,7 @@ def _plan(
         engine=engine,
         layers=tuple(LayerPlan(form, ((form, share),)) for form in forms),
         chunk=chunk,
+        rows=rows,
         keeps_state=sizes.tasks * held <= told.memory_bound,
         memory=chunk * held,
         naive_memory=8.0 * sizes.tasks * problem.network.parameters,

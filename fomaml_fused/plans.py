@@ -52,7 +52,8 @@ class Plan:
         engine: one of `ENGINES`, or "reference".
         layers: the form of each layer.
         chunk: tasks that run at a time.
-        rows: samples of each of them that the batched engine takes at a time; None for all.
+        rows: samples of each of them that an engine takes at a time, in which tasks have weights of their own; None for
+            all.
         keeps_state: whether `predict` keeps all tasks' adapted layers for its backward; else it adapts again.
         memory: bytes that a chunk holds at its peak, by the model.
         naive_memory: bytes of fast weights and gradients of every task, which the per-task formula would hold.
@@ -134,7 +135,7 @@ class Override:
     Attributes:
         forms: the form of each layer, "primal", "dual" or "dual:k"; layers that do not move stay shared.
         chunk: tasks at a time.
-        rows: samples of a task at a time, in the batched engine.
+        rows: samples of a task at a time, where tasks have weights of their own.
         memory_bound: bytes of scratch that a chunk may take.
         config: a kernel's warps and tiles.
         engine: one of `ENGINES`.

@@ -56,13 +56,7 @@ class DualConfig(TiledConfig):
 
 @dataclass(frozen=True, order=True)
 class PrimalConfig(TiledConfig):
-    """How the primal kernels are laid out.
-
-    Attributes:
-        rows: samples of a task that are under way at a time, any number; what they leave is kept until weights move.
-    """
-
-    rows: int = 1 << 16
+    """How the primal kernels are laid out."""
 
 
 def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:

@@ -67,7 +67,7 @@ def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
     """In tiles smaller than layers and sets, with samples under way in two parts."""
     sizes = {"widths": (9, 20, 5, 3), "tasks": 2, "shots": 17, "queries": 5, "steps": 3}
     case = Case(**{"activation": "gelu", **sizes, **rule})
-    with ff.override(engine=engine, config=PrimalConfig(4, 16, features=16, contracted=16, rows=16)):
+    with ff.override(engine=engine, config=PrimalConfig(4, 16, features=16, contracted=16), rows=16):
         check(case)
 
 

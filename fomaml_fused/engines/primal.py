@@ -161,7 +161,7 @@ def _step(adapted: Adapted, x: Tensor | None, y: Tensor | None, weight: Tensor |
     inner, samples = adapted.plan.problem.inner, x.shape[1]
     targets, unit = _support_targets(adapted, x, y, weight)
     rows = list(blocks(adapted, samples))
-    parts, length = splits(adapted, min(samples, adapted.config.rows))
+    parts, length = splits(adapted, samples)
     wanted = adapted.spec.adapts
     if len(rows) == parts == 1 and inner.max_grad_norm is None:
         move(adapted, run(adapted, x, targets, query=False, wanted=wanted), unit)
@@ -228,7 +228,7 @@ def _reverse(
     rates = any(needed[len(PARTS) * adapted.depth :]) and adapted.directions is not None
     each = any(wanted) and (rates or adapted.plan.problem.nonfinite == "skip")
     rows = list(blocks(adapted, samples))
-    parts, length = splits(adapted, min(samples, adapted.config.rows))
+    parts, length = splits(adapted, samples)
     tasks = new(x.device, adapted.tasks, len(rows) * parts, spec.parameters) if each else None
     partials: list[Tensor] = []
     losses: list[Tensor | None] = []

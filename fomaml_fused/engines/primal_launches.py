@@ -127,8 +127,12 @@ class Pass:
 
 def blocks(adapted: Adapted, samples: int) -> Iterator[slice]:
     """The samples of each task that are under way at a time; none of none."""
-    rows = adapted.config.rows
+    rows = rows_at_a_time(adapted, samples)
     return (slice(begin, min(begin + rows, samples)) for begin in range(0, max(samples, 1), rows))
+
+
+def rows_at_a_time(adapted: Adapted, samples: int) -> int:
+    return max(min(samples, adapted.plan.rows or samples), 1)
 
 
 def run(
@@ -257,9 +261,9 @@ def _rates(adapted: Adapted) -> Tensor | tuple[Tensor | None, ...] | None:
 
 
 def splits(adapted: Adapted, samples: int) -> tuple[int, int]:
-    """How many parts the gradient of so many samples of each task is summed in, and how many samples a part has."""
-    spec, device = adapted.spec, adapted.inner.device
-    return split_samples(spec, samples, adapted.tasks * _all_tiles(spec), device)
+    """How many parts the gradient of samples under way is summed in, and how many samples of a task a part has."""
+    spec, rows = adapted.spec, rows_at_a_time(adapted, samples)
+    return split_samples(spec, rows, adapted.tasks * _all_tiles(spec), adapted.inner.device)
 
 
 def products_of_tasks(
