@@ -71,6 +71,7 @@ def call_primal_with_rules(engine: str) -> None:
     rules: list[dict[str, Any]] = [
         {"optimizer": "adam", "learn_lr": "element", "max_grad_value": 1.0},
         {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "max_grad_norm": 1.0, "learn_lr": "layer"},
+        {"max_grad_norm": 1.0, "adapt": "head"},
         {"nonfinite": "skip", "steps": 0},
     ]
     with ff.override(engine=engine):

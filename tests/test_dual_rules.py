@@ -86,7 +86,7 @@ def takes(engine: str, case: Case) -> bool:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
     """In packs of tasks, and tiles smaller than layers and sets."""
-    sizes = {"widths": (9, 20, 17, 5), "tasks": 4, "queries": 7, "steps": 3}
+    sizes = {"widths": (9, 20, 5, 3), "tasks": 4, "queries": 7, "steps": 3}
     case = Case(**{"activation": "gelu", **sizes, **rule})
     with ff.override(engine=engine, config=DualConfig(4, 16, tasks=3, features=16, contracted=16)):
         if takes(engine, case):
