@@ -21,7 +21,7 @@ from bench.compiled import Row, violations
 
 ROOT = Path(__file__).parent.parent
 STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())
-FAST = r"^(sine meta_kernel tf32(x3)? sm_[89]0|omniglot \w+ tf32 sm_90|policy (pass|step)_kernel (inner own|own) tf32 sm_90)$"
+FAST = r"^(sine meta_kernel tf32(x3)? sm_[89]0|omniglot \w+ tf32 sm_90|policy \w+ (inner )?own tf32 sm_90)$"
 # Each spills a few words; mend a row and it must leave this list.
 KNOWN = {
     "sine adapt_kernel tf32x3 on sm_90",

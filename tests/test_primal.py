@@ -60,6 +60,22 @@ def test_random_problems_in_tiles_and_rows(engine: str, case: Case, samples: int
 
 
 @ENGINES
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"optimizer": "adam", "learn_lr": "element", "lr": 0.05, "weight_decay": 0.1},
+        {"max_grad_norm": 0.3, "nonfinite": "skip", "step_weights": (0.3, 0.7)},
+        {"outer": "reptile", "each_step": True, "max_grad_value": 0.1, "momentum": 0.9, "nesterov": True},
+    ],
+    ids=str,
+)
+def test_rules_that_change_what_is_compiled(engine: str, rule: dict[str, Any]) -> None:
+    """`test_primal_rules.py` has them all, interpreted."""
+    with ff.override(engine=engine, rows=16):
+        check(Case(widths=(3, 17, 5), shots=20, steps=2, tasks=2, **rule), per_task=False)
+
+
+@ENGINES
 def test_a_sum_over_samples_is_split_where_programs_are_few(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a task alone, with more samples than a part has; repeated bit by bit."""
     from fomaml_fused.engines import launching, primal_launches
