@@ -27,6 +27,7 @@ ARCHITECTURES = (80, 90)
 CASES = (
     *(Case(WORKLOADS[name], "resident", p) for name in ("sine", "sine K=5") for p in ("tf32", "tf32x3", "bf16")),
     *(Case(WORKLOADS[name], "dual", p) for name in ("omniglot", "crowd") for p in ("tf32", "tf32x3")),
+    *(Case(WORKLOADS["rl"], "chained", p) for p in ("tf32", "bf16")),
 )
 COLUMNS = ("instructions", "matrix", "barriers", "wavefronts", "sectors")
 

@@ -27,6 +27,7 @@ class Device:
         cache: bytes that a layer may hold for that.
         turnover: bytes that a pass through all layers may hold for that; more is given back to the system after every
             pass, and comes again page by page.
+        threads: that multiply a matrix each, where there are as many.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     streamed: float
     cache: int
     turnover: float
+    threads: int
 
     def bandwidth(self, working_set: WorkingSet) -> float:
         fits = working_set.layer <= self.cache and working_set.of_pass <= self.turnover
@@ -46,12 +48,28 @@ class Device:
 # Fitted to whole meta-steps of the sweep of `bench.regret` on two cores of a Xeon with AVX-512 (torch 2.13.0): a launch
 # is an op with the Python around it.
 CPU = Device(
-    "cpu", launch=8e-6, matrix=0.2e-6, flops=150e9, cached=60e9, streamed=14e9, cache=32 << 20, turnover=18 << 20
+    "cpu",
+    launch=8e-6,
+    matrix=0.2e-6,
+    flops=150e9,
+    cached=60e9,
+    streamed=14e9,
+    cache=32 << 20,
+    turnover=18 << 20,
+    threads=2,
 )
 # The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
 # What a pass leaves there torch keeps for the next one.
 GPU = Device(
-    "gpu", launch=6e-6, matrix=0.01e-6, flops=60e12, cached=6e12, streamed=3e12, cache=40 << 20, turnover=math.inf
+    "gpu",
+    launch=6e-6,
+    matrix=0.01e-6,
+    flops=60e12,
+    cached=6e12,
+    streamed=3e12,
+    cache=40 << 20,
+    turnover=math.inf,
+    threads=1,
 )
 
 

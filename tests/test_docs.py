@@ -47,6 +47,7 @@ def test_the_kernels_page_shows_what_was_counted_and_compiled() -> None:
     rows = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())["rows"]
     assert compiled.markdown(rows, "sine meta_kernel") in text
     assert compiled.markdown(rows, "meta_siren pass_kernel inner own") in text
+    assert counted.render(json.loads((ROOT / "bench" / "results" / "counted.json").read_text()), "pass_kernel") in text
     assert f"{len([row for row in rows if re.match('(meta_siren|policy|field) ', row['case'])])} rows spills" in text
 
 
