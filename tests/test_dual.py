@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fomaml_fused as ff
 
 from .cases import Case, assert_close, by_engine, cases
-from .kernel_contract import INTERPRETED, KernelContract, check, watched
+from .kernel_contract import INTERPRETED, KernelContract, check, check_tuning, watched
 from .on_kernels import by_kernels, kernel_device, on_device
 
 pytest.importorskip("triton")
@@ -54,7 +54,7 @@ def test_everything_at_once(engine: str, options: dict[str, Any], config: DualCo
 @pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
 @ENGINES
 @given(case=cases(), tasks=st.integers(1, 4), samples=st.sampled_from([16, 32]), tile=st.sampled_from([16, 32]))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_random_problems_in_packs_and_tiles(engine: str, case: Case, tasks: int, samples: int, tile: int) -> None:
     fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
     if fits and (engine == "layered" or "callable" not in (case.loss, case.outer_loss)):
@@ -120,16 +120,4 @@ def test_all_engines_agree() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="compiles dozens of kernels")
 @ENGINES
 def test_tuning_takes_the_fastest_layout_from_then_on(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fomaml_fused.kernels import configuration
-
-    from fomaml_fused import tuning
-
-    monkeypatch.setattr(tuning, "TILED", {"features": (16, 32), "stages": (2, 3)})
-    monkeypatch.setattr(configuration, "_tuned", {})
-    meta = ff.FOMAML(Case(widths=(3, 17, 4)).model(torch.float32), backend="triton")
-    with ff.override(engine=engine):
-        found = ff.tune(meta, 2, 2, rounds=1)
-        assert len(found) == 4
-        assert list(found.values()) == sorted(found.values())
-        assert meta.plan(2, 2).config == next(iter(found))
-    ff.planner.forget_plans()
+    check_tuning(engine, monkeypatch)

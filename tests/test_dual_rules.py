@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,17 @@ from hypothesis import strategies as st
 
 import fomaml_fused as ff
 
-from .cases import Case, assert_no_worse_than_twice, relative_error
+from .cases import Case, relative_error
 from .kernel_contract import INTERPRETED, watched
-from .with_rules import check, predicted, ruled, solution, solved
+from .with_rules import (
+    check,
+    check_adapted_tasks,
+    check_diverged_tasks_are_left_out,
+    check_without_tasks_or_queries,
+    ruled,
+    solution,
+    solved,
+)
 
 pytest.importorskip("triton")
 
@@ -134,7 +141,7 @@ def test_rates_are_learned_where_nothing_else_is(engine: str) -> None:
 
 @ENGINES
 @given(case=ruled(), tasks=st.integers(1, 3))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_rules_drawn_together(engine: str, case: Case, tasks: int) -> None:
     fits = tasks * case.shots <= 64 and tasks * case.shots * case.steps <= 64
     if fits and takes(engine, case):
@@ -146,7 +153,7 @@ def test_rules_drawn_together(engine: str, case: Case, tasks: int) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_hold_what_rules_add(engine: str, precision: str) -> None:
     """Reptile's parts of many tasks, small rates in them, are less than fp16 holds; what is summed is not."""
-    case = Case(widths=(3, 17, 20), outer="reptile", tasks=75, shots=2, lr=1e-4, weighted=True)
+    case = Case(widths=(3, 17, 20), outer="reptile", tasks=40, shots=2, lr=1e-4, weighted=True)
     with ff.override(engine=engine):
         found = solution(case, "triton", precision=precision).vectors()
     exact = solution(case, "reference", torch.float64).vectors()
@@ -166,24 +173,9 @@ def test_sixteen_bits_hold_what_rules_add(engine: str, precision: str) -> None:
     ids=str,
 )
 def test_diverged_tasks_are_left_out(engine: str, rule: dict[str, Any]) -> None:
-    """What is left is what a batch without them gives."""
     case = Case(**{"tasks": 6, "activation": "relu", "steps": 4, "lr": 1.0, "nonfinite": "skip", **rule})
-    meta = case.meta(case.model(torch.float32), "triton")
-    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
-    batch["support_y"][[1, 4]] = 1e30
-    keep = [0, 2, 3, 5]
     with ff.override(engine=engine, config=DualConfig(4, 16, tasks=3)):
-        found = solved(meta, batch, case.reduction)
-        assert meta.skipped is not None
-        weight = batch.get("task_weight")
-        assert float(meta.skipped) == pytest.approx(2.0 if weight is None else float(weight[[1, 4]].sum()))
-        expected = solved(meta, {name: t[keep] for name, t in batch.items()}, case.reduction)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        if name == "query_x":
-            assert not value[[1, 4]].any()
-            value = value[keep]
-        assert relative_error(value, expected[name]) < 1e-6, name
+        check_diverged_tasks_are_left_out(case)
 
 
 @ENGINES
@@ -212,33 +204,24 @@ def test_with_every_task_diverged_nothing_is_left(engine: str, rule: dict[str, A
     ids=str,
 )
 def test_adapted_tasks(engine: str, rule: dict[str, Any]) -> None:
-    """Outputs with their gradients, rates included, and fast weights: those of the last step."""
     case = Case(**{"widths": (3, 17, 5, 3), "steps": 3, "activation": "gelu", **rule})
     if not takes(engine, case):
         pytest.skip("refused")
-    own = [predicted(replace(case, jitter=jitter), "reference", torch.float32) for jitter in range(4)]
     with ff.override(engine=engine):
-        found = predicted(case, "triton", torch.float32)
-    assert_no_worse_than_twice(found, own, predicted(case, "reference", torch.float64))
+        check_adapted_tasks(case)
 
 
 @ENGINES
 @pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"step_weights": (0.5, 0.5)}, {"nonfinite": "skip"}], ids=str)
 @pytest.mark.parametrize("nothing", ["tasks", "queries"])
 def test_no_task_and_no_query(engine: str, rule: dict[str, Any], nothing: str) -> None:
-    case = Case(**{nothing: 0, **rule})
-    meta = case.meta(case.model(torch.float32), "triton")
-    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
     with ff.override(engine=engine):
-        found = solved(meta, batch, "mean")
-    lacking = case.outer == "fomaml" or case.tasks == 0
-    assert found.pop("value").isnan() == lacking
-    assert not (lacking and any(gradient.any() for gradient in found.values()))
+        check_without_tasks_or_queries(Case(**{nothing: 0, **rule}))
 
 
 @pytest.mark.parametrize("rule", [{"outer": "reptile"}, {"max_grad_norm": 0.3, "learn_lr": "step"}, WHOLE], ids=str)
 def test_rules_repeat_bit_by_bit(rule: dict[str, Any]) -> None:
-    case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=11, **rule)
+    case = Case(widths=(9, 20, 17, 5), loss="cross_entropy", tasks=6, **rule)
     with ff.override(engine="layered"):
         first, second = (solution(case, "triton").values for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -33,11 +33,11 @@ OPTIONAL = {
     ),
     "primal.pass_kernel": ("p_biases p_fast p_y p_r p_cotangent p_inputs p_gradients p_loss p_dx"),
     "primal.forward_kernel": "p_bias p_fast p_kept",
-    "primal.loss_kernel": "p_kept p_y p_r p_cotangent p_loss p_d",
+    "primal.loss_kernel": "p_y p_r p_cotangent p_loss p_d",
     "primal.backward_kernel": "p_fast p_kept",
     "primal.step_kernel": "p_biases p_first p_second p_directions p_rates p_inputs p_gradients",
     "primal.products_kernel": "p_inputs p_gradients",
-    "primal.update_kernel": "p_biases p_first p_second p_directions p_rates",
+    "primal.update_kernel": "p_first p_second p_directions p_rates",
     "outer.outer_kernel": "p_inputs p_gradients",
     "outer.reduce_kernel": "p_partials p_gradient p_loss p_share p_value",
 }

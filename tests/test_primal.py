@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fomaml_fused as ff
 
 from .cases import Case, assert_close, by_engine, cases
-from .kernel_contract import INTERPRETED, KernelContract, check, watched
+from .kernel_contract import INTERPRETED, KernelContract, check, check_tuning, watched
 from .on_kernels import by_kernels, kernel_device
 
 pytest.importorskip("triton")
@@ -146,16 +146,4 @@ def test_what_is_not_taken_is_named(engine: str, options: dict[str, Any], reason
 @pytest.mark.skipif(not INTERPRETED, reason="compiles dozens of kernels")
 @ENGINES
 def test_tuning_takes_the_fastest_layout_from_then_on(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fomaml_fused.kernels import configuration
-
-    from fomaml_fused import tuning
-
-    monkeypatch.setattr(tuning, "TILED", {"features": (16, 32), "stages": (2, 3)})
-    monkeypatch.setattr(configuration, "_tuned", {})
-    meta = ff.FOMAML(Case(widths=(3, 17, 4)).model(torch.float32), backend="triton")
-    with ff.override(engine=engine):
-        found = ff.tune(meta, 2, 2, rounds=1)
-        assert len(found) == 4
-        assert list(found.values()) == sorted(found.values())
-        assert meta.plan(2, 2).config == next(iter(found))
-    ff.planner.forget_plans()
+    check_tuning(engine, monkeypatch)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fomaml_fused as ff
 
-from .cases import Case, Solution, assert_no_worse_than_twice, cases
+from .cases import Case, Solution, assert_no_worse_than_twice, cases, relative_error
 
 
 def rated_apart(solution: Solution) -> Solution:
@@ -78,3 +79,39 @@ def predicted(case: Case, backend: str, dtype: torch.dtype) -> Solution:
 def directions(outputs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.dtype)
+
+
+def check_adapted_tasks(case: Case) -> None:
+    """Outputs with their gradients, rates included, and fast weights: those of the last step."""
+    own = [predicted(replace(case, jitter=jitter), "reference", torch.float32) for jitter in range(4)]
+    found = predicted(case, "triton", torch.float32)
+    assert_no_worse_than_twice(found, own, predicted(case, "reference", torch.float64))
+
+
+def check_diverged_tasks_are_left_out(case: Case) -> None:
+    """Of six tasks two diverge; what is left is what a batch without them gives."""
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    batch["support_y"][[1, 4]] = 1e30
+    keep = [0, 2, 3, 5]
+    found = solved(meta, batch, case.reduction)
+    assert meta.skipped is not None
+    weight = batch.get("task_weight")
+    assert float(meta.skipped) == pytest.approx(2.0 if weight is None else float(weight[[1, 4]].sum()))
+    expected = solved(meta, {name: t[keep] for name, t in batch.items()}, case.reduction)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name == "query_x":
+            assert not value[[1, 4]].any()
+            value = value[keep]
+        assert relative_error(value, expected[name]) < 1e-6, name
+
+
+def check_without_tasks_or_queries(case: Case) -> None:
+    """The mean over nothing is nan, and no gradient."""
+    meta = case.meta(case.model(torch.float32), "triton")
+    batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
+    found = solved(meta, batch, "mean")
+    lacking = case.outer == "fomaml" or case.tasks == 0
+    assert found.pop("value").isnan() == lacking
+    assert not (lacking and any(gradient.any() for gradient in found.values()))

@@ -37,7 +37,18 @@ from .dual_launches import (
     support_samples,
 )
 from .launching import counts as counts_of
-from .launching import loss_of_task, new, of_sound, on_device, part_of_task, pointers, reduce, split, wanted_layers
+from .launching import (
+    loss_of_task,
+    new,
+    of_sound,
+    on_device,
+    part_of_task,
+    passes_that_count,
+    pointers,
+    reduce,
+    split,
+    wanted_layers,
+)
 from .launching import tensors as contiguous
 from .outer import reptile_outcome, total
 
@@ -57,9 +68,7 @@ def step(
     with on_device(support.x.device):
         if query is None:
             return _reptile(adapt(plan, parameters, support), support.x.shape[0], needed, share)
-        counted = {problem.inner.steps: 1.0}
-        if query.step_weights:
-            counted = {k: weight for k, weight in enumerate(query.step_weights, 1) if weight} or counted
+        counted = passes_that_count(problem, query)
         skips = problem.nonfinite == "skip"
         samples: Samples | None = None
         passes: list[Samples] = []

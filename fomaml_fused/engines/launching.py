@@ -164,6 +164,12 @@ def counts(weight: Tensor | None, share: float | Tensor, tasks: int, samples: in
     return (shares.expand(tasks, samples).contiguous() if found is None else found * shares), 1 / (per_task * middle)
 
 
+def passes_that_count(problem: Problem, query: Query) -> dict[int, float]:
+    """After which steps the query loss counts, and what."""
+    last = {problem.inner.steps: 1.0}
+    return {k: weight for k, weight in enumerate(query.step_weights or (), 1) if weight} or last
+
+
 def part_of_task(weight: Tensor) -> Tensor:
     """What each sample counts in the loss of its task."""
     weight = weight.float()

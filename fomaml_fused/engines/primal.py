@@ -25,6 +25,7 @@ from .launching import (
     of_sound,
     on_device,
     part_of_task,
+    passes_that_count,
     products,
     reduce,
     split,
@@ -89,9 +90,7 @@ def step(
     with on_device(support.x.device):
         if query is None:
             return _reptile(adapt(plan, parameters, support), needed[1:], share)
-        counted = {problem.inner.steps: 1.0}
-        if query.step_weights:
-            counted = {k: weight for k, weight in enumerate(query.step_weights, 1) if weight} or counted
+        counted = passes_that_count(problem, query)
         passes = []
         for adapted in _trajectory(plan, parameters, support):
             if adapted.taken in counted:
