@@ -16,7 +16,7 @@ A task's parameters lie end to end, [T, parameters], as `spec` lays them out. Sa
 import triton
 import triton.language as tl
 
-from .activations import activate, keeps_output, leaves_zero, pull_back
+from .activations import activate, keeps_output, pull_back
 from .layers import linear, linear_backward, load, output_gradient, store
 from .outer import product
 from .products import dot
@@ -262,9 +262,8 @@ def _layer(h, p_weight, p_bias, L: tl.constexpr, SPEC: tl.constexpr):
             m = (o_out < OUT)[:, None] & (o_in < IN)[None, :]
             b_w = tl.load(p_weight + o_out[:, None] * IN + o_in[None, :], mask=m, other=0.0).to(tl.float32)
             b_z = dot(b_w, h[c], b_z, SPEC)
+        # Whatever padding becomes, it meets weights of 0, and is never stored.
         b_h = activate(b_z, activation(SPEC, L))
-        if not leaves_zero(activation(SPEC, L)):
-            b_h = tl.where((o_out < OUT)[:, None], b_h, 0.0)
         found = found + (b_h,)
         if keeps_output(activation(SPEC, L)):
             b_z = b_h
