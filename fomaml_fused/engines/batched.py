@@ -25,7 +25,7 @@ from . import FlatParameters, Gradients, Outcome, Planned
 from .cells import Backward, Builder, Cell, Parts, Reversed, Saved
 from .losses import TaskLoss, block_losses
 from .outer import Outer, contract, rate_gradients, reptile_outcome
-from .rules import kept
+from .rules import kept, norm_factor
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _step(
     squared = torch.stack([cell.squared_norm(own) for cell, own in found if cell.moves]).sum(0)
     if record is not None:
         record.add(losses[0].values(h), h, squared)
-    factor = None if inner.max_grad_norm is None else _norm_factor(squared, inner.max_grad_norm)
+    factor = None if inner.max_grad_norm is None else norm_factor(squared, inner.max_grad_norm)
     for cell, own in found:
         cell.step(own, factor)
 
@@ -277,15 +277,10 @@ def _step_along_gradients(
     if inner.max_grad_value is not None:
         steps = [(own, g.clamp_(-inner.max_grad_value, inner.max_grad_value)) for own, g in steps]
     if inner.max_grad_norm is not None:
-        factor = _norm_factor(squared_norm(), inner.max_grad_norm)
+        factor = norm_factor(squared_norm(), inner.max_grad_norm)
         steps = [(own, g * factor.view(-1, *[1] * (g.dim() - 1))) for own, g in steps]
     for own, gradient in steps:
         own.step(gradient)
-
-
-def _norm_factor(squared: Tensor, bound: float) -> Tensor:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by, [T]."""
-    return (bound / (squared.sqrt() + 1e-6)).clamp_(max=1.0)
 
 
 def blocks(samples: int, rows: int | None) -> list[slice]:

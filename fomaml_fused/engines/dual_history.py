@@ -17,6 +17,7 @@ from . import Gradients, fold_step
 from .coefficients import coefficients
 from .dual_launches import Adapted, Layers, Own, Samples, contract
 from .launching import layers, of_sound, reduce, wanted_layers
+from .rules import norm_factor
 
 
 def weights_after(adapted: Adapted, i: int, k: int, tasks: slice = slice(None)) -> tuple[Tensor, Tensor | None]:
@@ -73,8 +74,7 @@ def clip(adapted: Adapted, k: int) -> None:
         assert d is not None
         found.append(d[:, k])
         squares.append(_squared_norm(x if adapted.collapses(i) else x[:, k], d[:, k], adapted.spec.biases[i]))
-    norm = torch.stack(squares).sum(0).clamp_min(0.0).sqrt()
-    factor = (bound / (norm + 1e-6)).clamp_max(1.0)
+    factor = norm_factor(torch.stack(squares).sum(0).clamp_min(0.0), bound)
     for d in found:
         d.mul_(factor[:, None, None])
 

@@ -46,6 +46,7 @@ from .primal_launches import (
     splits,
     unadapted,
 )
+from .rules import norm_factor
 
 __all__ = ["adapt", "fast_weights", "query_backward", "query_pass", "spec_of", "step"]
 
@@ -190,8 +191,7 @@ def _clipped(adapted: Adapted, flat: Tensor, norm: float, value: float | None) -
     if value is not None:
         found = [part.clamp_(-value, value) for part in found]
     squares = [part.flatten(1).square().sum(1) for part in found]
-    factor = (norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp_max(1.0)
-    return flat.mul_(factor[:, None])
+    return flat.mul_(norm_factor(torch.stack(squares).sum(0), norm)[:, None])
 
 
 def _forward(adapted: Adapted, x: Tensor) -> Tensor:
@@ -313,22 +313,19 @@ def _sound_tasks(adapted: Adapted, passes: Sequence[Measured], needed: Sequence[
 
 def _reptile(adapted: Adapted, needed: Sequence[bool], share: float | Tensor) -> Outcome:
     """The meta-step of Reptile: how far the tasks moved."""
-    moved = [
-        (start, own)
-        for i in adapted.moving
-        for start, own in zip(_shared(adapted)[i], _own(adapted, slice(None))[i], strict=True)
-        if start is not None and own is not None
-    ]
-    squares = [(start - own).flatten(1).square().sum(1) for start, own in moved]
+    ways: dict[int, Tensor] = {}  # theta_0 - theta_K of each task, by where the parameter is listed
+    for i, pairs in enumerate(zip(_shared(adapted), _own(adapted, slice(None)), strict=True)):
+        for p, (start, own) in enumerate(zip(*pairs, strict=True), len(PARTS) * i):
+            if start is not None and own is not None:
+                ways[p] = start - own
+    squares = [way.flatten(1).square().sum(1) for way in ways.values()]
     values = torch.stack([new(adapted.inner.device, adapted.tasks).zero_(), *squares]).sum(0) / 2
 
     def displacements(shares: Tensor, sound: Tensor | None) -> Gradients:
         found: Gradients = [None] * len(needed)
-        for i in adapted.moving:
-            for p, (start, own) in enumerate(zip(_shared(adapted)[i], _own(adapted, slice(None))[i], strict=True)):
-                if start is not None and own is not None and needed[len(PARTS) * i + p]:
-                    way = of_sound(start - own, sound)
-                    found[len(PARTS) * i + p] = torch.tensordot(shares, way, 1)
+        for p, way in ways.items():
+            if needed[p]:
+                found[p] = torch.tensordot(shares, of_sound(way, sound), 1)
         return found
 
     return reptile_outcome(adapted.plan.problem, values, share, displacements)

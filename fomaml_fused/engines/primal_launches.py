@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -186,7 +185,7 @@ def _layer_by_layer(
     own = adapted.fast is not None
     kept: Layers = [None] * depth
     found.inputs[0] = h = x
-    for i, (_, after) in enumerate(pairwise(spec.widths)):
+    for i, after in enumerate(spec.widths[1:]):
         z = None
         if i < depth - 1:
             out = found.inputs[i + 1] = operands(spec, *sizes, after, device=device)

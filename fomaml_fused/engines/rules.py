@@ -148,3 +148,8 @@ def kept(values: Tensor, keep: Tensor | None) -> Tensor:
 def scaled(x: Tensor, factor: Rate) -> Tensor:
     """X times a factor; x itself where that is the number 1."""
     return x if isinstance(factor, float) and factor == 1.0 else x * factor
+
+
+def norm_factor(squared: Tensor, bound: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by, [T]."""
+    return (bound / (squared.sqrt() + 1e-6)).clamp_(max=1.0)
