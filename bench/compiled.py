@@ -106,6 +106,7 @@ def _cases() -> list[Case]:
         *(Case(WORKLOADS["meta_siren"], "chained", precision) for precision in ("tf32", "bf16")),
         *(Case(policy, "chained", precision, predicts=True) for precision in precisions[:3]),
         *(Case(field, "primal", precision) for precision in precisions),
+        Case(replace(field, name="wide field"), "chained", "bf16", targets=("sm_90", "gfx942")),
     ]
 
 

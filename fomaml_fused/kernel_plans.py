@@ -229,10 +229,10 @@ def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device:
     if told.forms is not None and any(form != "primal" for form in told.forms):
         return f"the forms {', '.join(told.forms)} are not its own"
     widest = max(padded(width) for width in network.widths)
-    usual = primal_configuration(device, engine, precision, widest)
     tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
+    usual = primal_configuration(device, engine, precision, widest)
     config = next((c for c in (told.config, tuned, usual) if isinstance(c, PrimalConfig)), None)
-    if config is None or usual is None:
+    if config is None:
         return f"a layer is {widest} wide when padded, which is more than a program takes through all layers on chip"
     spec = primal.spec_of(problem, precision, config)
     need = primal_need(spec, config, engine == "chained")
@@ -258,7 +258,7 @@ def _primal(engine: str, problem: Problem, sizes: Sizes, told: Override, device:
         told,
         precision,
         config,
-        primal_work(problem, sizes, usual, precision, chained=engine == "chained"),
+        primal_work(problem, sizes, usual or config, precision, chained=engine == "chained"),
         held=own + row * min(rows, samples),
         reason=f"weights of each task, {how}, {_layout(config, precision)}",
         rows=rows if rows < samples else None,

@@ -59,6 +59,14 @@ def test_random_problems_in_tiles_and_rows(engine: str, case: Case, samples: int
         check(case, per_task=False)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="takes minutes on an emulator")
+def test_four_tiles_of_features_stay_on_chip() -> None:
+    """The widest layers that any table of configurations lets through, in 16 bits."""
+    case = Case(widths=(2, 130, 256, 3), shots=20, queries=3, steps=1, tasks=1)
+    with ff.override(engine="chained", config=PrimalConfig(4, 16, features=64, contracted=64)):
+        check(case, "bf16", per_task=False)
+
+
 @ENGINES
 @pytest.mark.parametrize(
     "rule",
