@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .batch import Query, Support, compute_dtype
 from .engines import FlatParameters, Gradients, batched
+from .engines import compiled as compiled_engine
 from .plans import Plan
 
 
@@ -120,17 +120,13 @@ class _MetaLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
         compiled = compiled and plan.engine == "batched"  # kernels are compiled already
-        step = batched.compiled_step(plan, needed) if compiled else partial(_engine(plan).step, plan, needed)
+        step = partial(compiled_engine.step if compiled else _engine(plan).step, plan, needed)
         if plan.engine == "batched" and support.x.device.type == "cpu":
             batched.keep_freed_memory()
         values, features, counts = [], [], []
         outer: Gradients = [None] * len(parameters)
         # Dynamo asks for the gradients of what it is given, which those computed from others have not.
         parameters = tuple(p if p is None or p.is_leaf else p.detach() for p in parameters)
-        if compiled and query is not None and query.step_weights is not None:
-            # Numbers would be compiled in, and weights that are annealed compiled anew each time.
-            weights = tuple(w and torch.full((), w, device=support.x.device) for w in query.step_weights)
-            query = replace(query, step_weights=weights)  # type: ignore[arg-type]
         with without_autocast(support.x):
             for tasks in slices(plan):
                 part = share if isinstance(share, float) else share[tasks]

@@ -120,7 +120,7 @@ class FOMAML(nn.Module):
         multi_step = step_weights is not None
         self.problem = Problem(network, inner, inner_loss, outer_rule, outer, multi_step, nonfinite)
         self.backend, self.precision, self.compiled = backend, precision, compile
-        self._blocks, self._read = blocks, list(model.modules())
+        self._blocks, self._read = blocks, _children(model)
         self.step_weights = step_weights
         self.skipped: Tensor | None = None
         if learn_lr is not None:
@@ -320,7 +320,7 @@ class FOMAML(nn.Module):
         if x is None or y is None:
             raise TypeError(f"query_{'x' if x is None else 'y'} is NoneType; outer 'fomaml' takes query sets")
         query = check_query(self.problem, self._like, tasks, x, y, weight, task_weight)
-        return replace(query, step_weights=self.step_weights)
+        return query if self._step_weights is None else replace(query, step_weights=self._step_weights)
 
     def _counts(
         self,
@@ -442,14 +442,14 @@ class FOMAML(nn.Module):
 
     def _parameters_flat(self, problem: Problem | None = None) -> FlatParameters:
         """As engines list them; problem: with fewer inner steps than this module's, for a group of tasks."""
-        if list(self.model.modules()) != self._read:
+        if any(tuple(module._modules.values()) != children for module, children in self._read):
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
         flat = [p for block in self._blocks for p in block.listed()]
-        like = self._like
+        dtype, device = self._like.dtype, self._like.device
         for p in flat:
-            if p is not None and (p.dtype != like.dtype or p.device != like.device):
+            if p is not None and (p.dtype != dtype or p.device != device):
                 raise ValueError(
-                    f"model has parameters of {like.dtype} on {like.device} and of {p.dtype} on {p.device}; "
+                    f"model has parameters of {dtype} on {device} and of {p.dtype} on {p.device}; "
                     "all take the same dtype and device"
                 )
         if self.problem.inner.learn_lr is None:
@@ -464,6 +464,11 @@ class FOMAML(nn.Module):
         """The parameters' names in the model, as engines list them."""
         layers = part_names(self.model, self._blocks)
         return [names.get(part) for names in layers for part in PARTS]
+
+
+def _children(model: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
+    """Each module of a model with its children, by which it is known whether layers were put in others' places."""
+    return [(module, tuple(module._modules.values())) for module in model.modules()]
 
 
 def _to_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .batch import Sizes
+from .hashing import hashed_once
 from .engines import fold_step
 from .problem import Problem
 from .text import scaled, table
@@ -44,6 +45,7 @@ class LayerPlan:
         return dict(self.estimates)[self.form]
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Plan:
     """A decision of the planner, and what it was made from. `print(plan)` explains it.

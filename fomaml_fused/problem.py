@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .hashing import hashed_once
 from .inner import PARTS, InnerLoop
 
 # Each activation with the names of its parameters, in the order in which `Activation.parameters` holds them.
@@ -212,6 +213,7 @@ OUTER_RULES = ("fomaml", "reptile")
 NONFINITE = ("propagate", "skip")
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Problem:
     """One task's meta-learning problem: adapt `network` on support samples, measure it on query samples.

@@ -7,13 +7,9 @@ so, a pass takes a block of samples at a time forward and back, and gradients ar
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from itertools import count
-from types import FunctionType
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -152,24 +148,6 @@ def keep_freed_memory() -> None:
     that comes again is a fault. A block that is never written costs nothing and raises the bound; elsewhere it is idle.
     """
     torch.UntypedStorage(31 << 20)
-
-
-_COUNTER = count()
-
-
-@lru_cache(maxsize=64)
-def compiled_step(plan: Planned, needed: tuple[bool, ...]) -> Callable[..., Any]:
-    """`step` of a plan through `torch.compile`: one graph, static shapes."""
-    # Dynamo tells that it traces through functions with a cache, which is what they are there for.
-    warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
-
-    def run(parameters: FlatParameters, support: Support, query: Query | None, share: float | Tensor) -> Outcome:
-        return step(plan, needed, parameters, support, query, share)
-
-    # Dynamo counts how often it compiles by code, and stops at eight; so every plan has code of its own.
-    code = run.__code__.replace(co_name=f"step_{next(_COUNTER)}")
-    own = FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def adapt(plan: Planned, parameters: FlatParameters, support: Support) -> Adapted:

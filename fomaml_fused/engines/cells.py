@@ -16,6 +16,7 @@ from .coefficients import Coefficients, LearnedCoefficients, coefficients, learn
 from .dual_forms import DualFirstLayer, DualLayer
 from .forms import FoldingLayer, PrimalLayer, SharedLayer
 from .norms import NormLayer, NormSaved
+from .products import product
 from .rules import OwnParameter, Rate, kept
 
 Parts = dict[str, Tensor]
@@ -46,7 +47,7 @@ class Reversed:
     def outer_gradients(self, needed: Sequence[bool], keep: Tensor | None) -> list[Tensor | None]:
         """The gradients of the parts asked for, in the order of `PARTS`, summed over tasks, those to keep."""
         rows = kept(self.d, keep).flatten(0, 1)  # [T * Q, out]
-        weight = rows.t() @ kept(self.x, keep).flatten(0, 1) if needed[0] else None
+        weight = product(rows.t(), kept(self.x, keep).flatten(0, 1)) if needed[0] else None
         bias = rows.sum(0) if needed[1] else None
         norms = [
             kept(self.norm[part], keep).sum(0) if need else None

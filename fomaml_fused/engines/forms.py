@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .products import add_product_, plus_product, product
 from .rules import OwnParameter, Rate
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SharedLayer:
         if isinstance(scale, Tensor):
             return self._shared(x).mul_(scale)
         if self.bias is not None:
-            z = torch.addmm(self.bias, rows, self.weight.t(), beta=scale, alpha=scale)
+            z = plus_product(self.bias, rows, self.weight.t(), beta=scale, alpha=scale)
         else:
             z = _scaled_mm(rows, self.weight.t(), scale)
         return z.view(*x.shape[:-1], self.weight.shape[0])
@@ -105,16 +106,16 @@ class PrimalLayer(SharedLayer):
         bias = self.bias if self.own_bias is None or self.own_bias.value is None else self.own_bias.value
         if weight is not None:
             if bias is not None:
-                return torch.baddbmm(bias, x, weight.mT, beta=scale, alpha=scale)
-            return times(torch.bmm(x, weight.mT), scale)
+                return plus_product(bias, x, weight.mT, beta=scale, alpha=scale)
+            return times(product(x, weight.mT), scale)
         if bias is self.bias or bias is None:
             return self._shared(x, scale)
-        z = torch.mm(x.reshape(-1, x.shape[-1]), self.weight.t())
+        z = product(x.reshape(-1, x.shape[-1]), self.weight.t())
         return times(z.view(*x.shape[:-1], self.weight.shape[0]).add_(bias), scale)
 
     def backward(self, d: Tensor) -> Tensor:
         weight = None if self.own_weight is None else self.own_weight.value
-        return self._shared_backward(d) if weight is None else torch.bmm(d, weight)
+        return self._shared_backward(d) if weight is None else product(d, weight)
 
     def step(self, x: Tensor, d: Tensor) -> None:
         if self.own_weight is not None:
@@ -132,7 +133,7 @@ class PrimalLayer(SharedLayer):
         """Add to those of other samples; `total` may be empty."""
         if self.own_weight is not None:
             before = total.get("weight")
-            total["weight"] = torch.bmm(d.mT, x) if before is None else before.baddbmm_(d.mT, x)
+            total["weight"] = product(d.mT, x) if before is None else add_product_(before, d.mT, x)
         if self.own_bias is not None:
             summed = d.sum(1, keepdim=True)
             total["bias"] = summed if "bias" not in total else total["bias"].add_(summed)
@@ -249,7 +250,5 @@ def times(z: Tensor, scale: float) -> Tensor:
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: Rate) -> Tensor:
     if isinstance(scale, Tensor):
-        return torch.mm(a, b).mul_(scale)
-    if scale == 1.0:
-        return torch.mm(a, b)
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+        return product(a, b).mul_(scale)
+    return product(a, b) if scale == 1.0 else plus_product(a.new_zeros(()), a, b, beta=0.0, alpha=scale)

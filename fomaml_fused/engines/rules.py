@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..inner import InnerLoop
+from .products import add_product_, plus_product, product
 
 Rate = float | Tensor  # a tensor of no dimension, or for rates of elements one of the parameter's shape
 
@@ -53,14 +54,14 @@ class OwnParameter:
             rate = float(rate)
             keep = 1.0 - rate * self.inner.weight_decay
             if self.value is None:
-                self.value = torch.baddbmm(self.shared, d.mT, x, beta=keep, alpha=-rate)
+                self.value = plus_product(self.shared, d.mT, x, beta=keep, alpha=-rate)
             else:
-                self.value.baddbmm_(d.mT, x, beta=keep, alpha=-rate)
+                add_product_(self.value, d.mT, x, beta=keep, alpha=-rate)
             self.taken += 1
         elif inner.update == "heavy ball":
             self._heavy_ball_step(d, x, float(rate))
         else:
-            self.step(torch.bmm(d.mT, x))
+            self.step(product(d.mT, x))
 
     def finish(self) -> None:
         """Let go of what only further steps would need."""
@@ -101,12 +102,12 @@ class OwnParameter:
         inner = self.inner
         self.taken += 1
         if self.value is None:
-            velocity = torch.baddbmm(self.shared, d.mT, x, beta=inner.weight_decay)
+            velocity = plus_product(self.shared, d.mT, x, beta=inner.weight_decay)
             self.moments.append(velocity)
             self.value = torch.sub(self.shared, velocity, alpha=rate)
             return
         velocity = self.moments[0]
-        velocity.baddbmm_(d.mT, x, beta=inner.momentum)
+        add_product_(velocity, d.mT, x, beta=inner.momentum)
         if inner.weight_decay:
             velocity.add_(self.value, alpha=inner.weight_decay)
         self.value.sub_(velocity, alpha=rate)
