@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-virtual-gpu test-triton-versions lint bench gpu clean
+.PHONY: help demo test test-virtual-gpu test-triton-versions lint peers bench gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -26,7 +26,9 @@ lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/dev ## time the workloads against their peers and print the table
+peers: .venv/peers ## install the libraries that `make bench` compares with: learn2learn, higher, TorchOpt, JAX
+
+bench: .venv/dev ## time the workloads against those peers that are installed and print the table
 	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json
 
@@ -40,6 +42,10 @@ clean: ## remove what the other targets made
 .venv/demo .venv/dev: .venv/%: pyproject.toml setup.py constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+.venv/peers: .venv/dev bench/peers.txt bench/install_peers.py
+	$(BIN)/python -m bench.install_peers
 	touch $@
 
 # Triton alone, in front of the environment's own; NumPy with the oldest, whose interpreter newer ones break.
