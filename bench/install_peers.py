@@ -16,10 +16,16 @@ from pathlib import Path
 
 PINS = Path(__file__).with_name("peers.txt")
 PACKAGES = ("higher", "torchopt", "optree", "graphviz")  # without what they ask for: an older torch, in part
-MODULES = ("_version.py", "algorithms/base_learner.py", "algorithms/maml.py", "utils/__init__.py")
+MODULES = (
+    "_version.py",
+    "algorithms/base_learner.py",
+    "algorithms/maml.py",
+    "algorithms/meta_sgd.py",
+    "utils/__init__.py",
+)
 INITS = {
     "__init__.py": "from . import algorithms\nfrom ._version import __version__\nfrom .utils import *\n",
-    "algorithms/__init__.py": "from .maml import MAML, maml_update\n",
+    "algorithms/__init__.py": "from .maml import MAML, maml_update\nfrom .meta_sgd import MetaSGD, meta_sgd_update\n",
 }
 
 
