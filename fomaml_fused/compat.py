@@ -11,7 +11,7 @@ from .module import FOMAML
 
 
 def learn2learn_state_dict(meta: FOMAML) -> dict[str, Tensor]:
-    """The state of `meta` under the names of learn2learn, as `meta.state_dict()` gives it under the plain model's.
+    """The state of `meta` under the names of learn2learn, as `meta.state_dict()` gives it under the plain model's::
 
         maml = l2l.algorithms.MAML(model, lr=0.01)
         maml.load_state_dict(ff.compat.learn2learn_state_dict(meta))
@@ -35,7 +35,7 @@ def learn2learn_state_dict(meta: FOMAML) -> dict[str, Tensor]:
 
 
 def load_learn2learn_state_dict(meta: FOMAML, state: Mapping[str, Any]) -> None:
-    """Copy into `meta` the state of a learn2learn `MAML`, or `MetaSGD`, around a model of the same layers.
+    """Copy into `meta` the state of a learn2learn `MAML`, or `MetaSGD`, around a model of the same layers::
 
         ff.compat.load_learn2learn_state_dict(meta, maml.state_dict())
 
