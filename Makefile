@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-virtual-gpu test-triton-versions lint bench gpu clean
+.PHONY: help demo test test-virtual-gpu test-triton-versions lint docs peers bench gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -26,7 +26,13 @@ lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/dev ## time the workloads against their peers and print the table
+docs: .venv/docs ## render docs/ and the reference from docstrings to build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -E -q docs build/docs
+	@echo build/docs/index.html
+
+peers: .venv/peers ## install the libraries that `make bench` compares with: learn2learn, higher, TorchOpt, JAX
+
+bench: .venv/dev ## time the workloads against those peers that are installed and print the table
 	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json
 	$(BIN)/python -m bench.report bench/results/latest.json
 
@@ -37,9 +43,13 @@ gpu: ## test and time the kernels on this machine's GPU, with its own Python and
 clean: ## remove what the other targets made
 	rm -rf .venv runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
-.venv/demo .venv/dev: .venv/%: pyproject.toml setup.py constraints.txt
+.venv/demo .venv/dev .venv/docs: .venv/%: pyproject.toml setup.py constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+.venv/peers: .venv/dev bench/peers.txt bench/install_peers.py
+	$(BIN)/python -m bench.install_peers
 	touch $@
 
 # Triton alone, in front of the environment's own; NumPy with the oldest, whose interpreter newer ones break.

@@ -9,11 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .peers import Gradients, Step
-
-Result = tuple[Tensor, Gradients]
+from .peers import Result, Step
 
 
 class DeviceLostError(Exception):

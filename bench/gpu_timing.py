@@ -30,7 +30,6 @@ from fomaml_fused.tasks import TaskBatch
 from . import jax_peer
 from .gpu_clock import (
     DeviceLostError,
-    Result,
     capture,
     check_alive,
     errors,
@@ -42,7 +41,7 @@ from .gpu_clock import (
     turn,
     worst,
 )
-from .peers import PEERS, Step, _batched, oracle, ours
+from .peers import PEERS, Result, Step, _batched, oracle, ours
 from .report import quartiles
 from .workloads import WORKLOADS, Workload
 

@@ -1,31 +1,38 @@
-"""The peer in JAX: `jit(vmap(grad))` of the same meta-step, on the numbers of a torch model and batch.
+"""The peer in JAX on the numbers of a torch model and batch: in this process, or in one of its own.
 
-JAX is no dependency: `obstacle` says why it cannot take part.
+JAX is no dependency: `obstacle` and `process_obstacle` say why it cannot take part.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
-from importlib import import_module
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fomaml_fused.tasks import TaskBatch
 
-from .peers import Gradients
+from .jax_step import Settings, as_numpy, load_jax, meta_step, numbered
+from .peers import Gradients, Result
 from .workloads import Workload
 
-# What XLA makes of a float32 product on a GPU: "highest" is float32, everything else may be tf32.
-PRECISIONS = {"highest": "highest", "high": "high", "medium": "default"}
+ROOT = Path(__file__).parent.parent
 
 
 def obstacle() -> str | None:
     """Why JAX cannot run on a GPU here; None where it can."""
     try:
-        backend = _jax().default_backend()
+        backend = load_jax().default_backend()
     except ImportError as error:
         return f"jax cannot be imported ({error})"
     except Exception as error:  # a plugin that does not match its driver fails in ways of its own
@@ -36,70 +43,100 @@ def obstacle() -> str | None:
 def jit_vmap_grad(
     workload: Workload, model: nn.Module, batch: TaskBatch, *, precision: str
 ) -> tuple[Callable[[], Any], Callable[[Any], tuple[Tensor, Gradients]]]:
-    """The meta-step in JAX, and how to read its result as torch tensors on the model's device.
+    """The meta-step in this process, and how to read its result as torch tensors on the model's device.
 
     Args:
         precision: of float32 products, one of torch's names.
     """
-    jax = _jax()
-    jnp = jax.numpy
-    activation = {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": _exact_gelu, "sine": _sine(model)}[workload.activation]
+    step = meta_step(_settings(workload, model, precision), _arrays(model.parameters()), _arrays(batch))
+    return step, lambda result: _as_torch(model, as_numpy(result))
 
-    def forward(layers: list[Any], x: Any) -> Any:
-        for i, (weight, bias) in enumerate(layers):
-            x = jnp.matmul(x, weight.T, precision=PRECISIONS[precision]) + bias
-            x = x if i + 1 == len(layers) else activation(x)
-        return x
 
-    def loss(layers: list[Any], x: Any, y: Any) -> Any:
-        outputs = forward(layers, x)
-        if workload.loss == "cross_entropy":
-            return -jnp.take_along_axis(jax.nn.log_softmax(outputs), y[:, None], axis=1).mean()
-        return jnp.square(outputs - y).mean()
+def interpreter() -> str | None:
+    """The Python that has JAX: that of the environment `jax` inside ours, as `make peers` makes it, or our own."""
+    own = Path(sys.prefix) / "jax" / "bin" / "python"
+    if own.exists():
+        return str(own)
+    return None if find_spec("jax") is None else sys.executable
 
-    def task(layers: list[Any], sx: Any, sy: Any, qx: Any, qy: Any) -> Any:
-        for _ in range(workload.steps):
-            gradients = jax.grad(loss)(layers, sx, sy)
-            layers = jax.tree.map(lambda p, g: p - workload.lr * g, layers, gradients)
-        return jax.value_and_grad(loss)(layers, qx, qy)
 
-    def mean_over_tasks(layers: list[Any], *tensors: Any) -> Any:
-        found = jax.vmap(task, in_axes=(None, 0, 0, 0, 0))(layers, *tensors)
-        return jax.tree.map(lambda x: x.mean(0), found)
+def process_obstacle() -> str | None:
+    """Why JAX cannot run in a process of its own; None where it can."""
+    return "jax is not installed" if interpreter() is None else None
 
-    linears = [module for module in model if isinstance(module, nn.Linear)]  # type: ignore[attr-defined]
-    layers = [(_array(linear.weight), _array(linear.bias)) for linear in linears]
-    arrays = [_array(tensor) for tensor in batch]
-    function = jax.jit(mean_over_tasks)
+
+class JaxProcess:
+    """The meta-step on a CPU in a process of its own, which sleeps except in its turns.
+
+    Attributes:
+        version: of JAX, once it has started.
+
+    Raises:
+        RuntimeError: it ended before it was told to; the message holds what it last said.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, batch: TaskBatch) -> None:
+        python = interpreter()
+        assert python is not None, process_obstacle()
+        self._model, self._folder = model, tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        settings = asdict(_settings(workload, model, "highest")) | {"threads": torch.get_num_threads()}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        inputs = {f"parameter{i}": array for i, array in enumerate(_arrays(model.parameters()))}
+        inputs |= {f"batch{i}": array for i, array in enumerate(_arrays(batch))}
+        np.savez(folder / "inputs.npz", **inputs)
+        # Its environment has packages of its own, which ours must not hide.
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with (folder / "said").open("w") as said:
+            self._process = subprocess.Popen(
+                [python, "-m", "bench.jax_step", str(folder)],
+                cwd=ROOT,
+                env=variables | {"JAX_PLATFORMS": "cpu"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+        self.version: str | None = None
+
+    def result(self) -> Result:
+        """What the first step, which compiles, found."""
+        if self.version is None:
+            self.version = self._answer()
+        return _as_torch(self._model, numbered(np.load(Path(self._folder.name) / "result.npz"), "found"))
+
+    def timed(self, warm_up: float) -> float:
+        """Seconds of one step after steps for `warm_up` seconds, at least one."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{warm_up}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process and forget its files."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            self._process.wait()
+            said = (Path(self._folder.name) / "said").read_text().strip().splitlines()
+            raise RuntimeError(f"jax ended with status {self._process.returncode}: {said[-1] if said else 'no word'}")
+        return line
+
+
+def _settings(workload: Workload, model: nn.Module, precision: str) -> Settings:
+    w0 = next((float(module.w0) for module in model.modules() if hasattr(module, "w0")), 1.0)  # type: ignore[arg-type]
+    return Settings(workload.activation, w0, workload.loss, workload.lr, workload.steps, precision)
+
+
+def _arrays(tensors: Any) -> list[Any]:
+    return [tensor.detach().cpu().numpy() for tensor in tensors]
+
+
+def _as_torch(model: nn.Module, found: list[Any]) -> Result:
     device = next(model.parameters()).device
-    names = [name for name, _ in model.named_parameters()]
-
-    def step() -> Any:
-        return jax.block_until_ready(function(layers, *arrays))
-
-    def as_torch(result: Any) -> tuple[Tensor, Gradients]:
-        value, *gradients = (torch.tensor(jax.device_get(x), device=device) for x in jax.tree.leaves(result))
-        return value, dict(zip(names, gradients, strict=True))
-
-    return step, as_torch
-
-
-def _jax() -> Any:
-    # Else it takes three quarters of the device's memory, which torch shares here.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return import_module("jax")
-
-
-def _array(tensor: Tensor) -> Any:
-    """A copy on JAX's default device; class indices as int32, for JAX has no int64 unless told so."""
-    tensor = tensor.detach().cpu()
-    return _jax().device_put((tensor if tensor.is_floating_point() else tensor.int()).numpy())
-
-
-def _exact_gelu(x: Any) -> Any:
-    return _jax().nn.gelu(x, approximate=False)
-
-
-def _sine(model: nn.Module) -> Callable[[Any], Any]:
-    w0 = next((module.w0 for module in model.modules() if hasattr(module, "w0")), 1.0)
-    return lambda x: _jax().numpy.sin(w0 * x)
+    value, *gradients = (torch.tensor(x, device=device) for x in found)
+    return value, dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True))

@@ -1,4 +1,7 @@
-"""One adapter a contender: the same meta-step on the same tensors, written as its users write it."""
+"""One adapter a contender: the same meta-step on the same tensors, written as its users write it.
+
+These need torch alone; those of other libraries are in `library_peers.py` and `jax_peer.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from fomaml_fused.tasks import TaskBatch
 from .workloads import Workload
 
 Gradients = dict[str, Tensor]
-Step = Callable[[], tuple[Tensor, Gradients]]
+Result = tuple[Tensor, Gradients]  # the mean loss over tasks, and its gradients
+Step = Callable[[], Result]
 
 
 def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str | None = None, **options: Any) -> Step:
@@ -27,7 +31,7 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str 
     meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, **options)
     parameters = dict(model.named_parameters())
 
-    def step() -> tuple[Tensor, Gradients]:
+    def step() -> Result:
         with ff.override(engine=engine):
             loss = meta(*batch)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -36,7 +40,7 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str 
     return step
 
 
-def oracle(workload: Workload, model: nn.Module, batch: TaskBatch) -> tuple[Tensor, Gradients]:
+def oracle(workload: Workload, model: nn.Module, batch: TaskBatch) -> Result:
     """The reference, one task at a time."""
     loss = ff.reference.meta_loss(model, *batch, lr=workload.lr, steps=workload.steps, loss=workload.loss)
     parameters = dict(model.named_parameters())
@@ -48,7 +52,7 @@ def eager_loop(workload: Workload, model: nn.Module, batch: TaskBatch) -> Step:
     """A Python loop over tasks, each adapted with autograd; gradients summed as the loop goes."""
     parameters: Gradients = dict(model.named_parameters())
 
-    def step() -> tuple[Tensor, Gradients]:
+    def step() -> Result:
         total, losses = {name: torch.zeros_like(p) for name, p in parameters.items()}, []
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             fast = parameters
@@ -102,7 +106,7 @@ def _batched(
     function = compile_(mean_over_tasks)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def step() -> tuple[Tensor, Gradients]:
+    def step() -> Result:
         with torch.no_grad():
             gradients, value = function(parameters, *batch)
         return value, gradients
@@ -117,7 +121,7 @@ PEERS: dict[str, Callable[[Workload, nn.Module, TaskBatch], Step]] = {
 }
 
 
-def disagreement(actual: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> float:
+def disagreement(actual: Result, expected: Result) -> float:
     """The relative error of the loss or of the gradient as one vector, the larger; infinite where one is nan."""
     loss = float((actual[0] - expected[0]).abs() / expected[0].abs())
     a, b = (torch.cat([gradients[name].flatten() for name in expected[1]]) for gradients in (actual[1], expected[1]))

@@ -35,8 +35,9 @@ from fomaml_fused.plans import MEMORY_BOUND
 from fomaml_fused.text import scaled, table
 from fomaml_fused.train.files import save_json
 
+from .contenders import seconds
 from .peers import Step, ours
-from .test_workloads import environment, seconds
+from .test_workloads import environment
 from .workloads import WORKLOADS, Workload
 
 CLOSE = 1.25  # a regret that does not matter

@@ -15,13 +15,15 @@ from fomaml_fused.train.files import save_json
 
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
-    """Medians and quartiles in seconds by workload and contender, peak memory, device and versions.
+    """Medians and quartiles in seconds by workload and contender, who was not timed and why, peak memory, versions.
 
     Args:
-        run: what `pytest --benchmark-json` wrote. A workload whose gradients disagreed is not in it: its test failed
-            before anything was timed.
+        run: what `pytest --benchmark-json` wrote. A workload whose gradient of ours was wrong is not in it: its test
+            failed before anything was timed.
     """
     workloads: dict[str, Any] = {}
+    absent: dict[str, dict[str, dict[str, str]]] = {"failed": {}, "skipped": {}}
+    versions: dict[str, str] = {}
     memory: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     for case in run["benchmarks"]:
@@ -33,7 +35,17 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         found = {"ours": quartiles(case["stats"]["data"])}
         found |= {name: quartiles(times) for name, times in extra["others"].items()}
         workloads[case["group"]] = found
-    return {"environment": environment, "seconds": workloads, "memory_bytes": memory}
+        versions |= extra["versions"]
+        for why, reasons in absent.items():
+            for name, reason in extra[why].items():
+                reasons.setdefault(name, {})[case["group"]] = reason
+    return {
+        "environment": environment,
+        "versions": versions,
+        "seconds": workloads,
+        "memory_bytes": memory,
+        **absent,
+    }
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -45,19 +57,25 @@ def render(summary: dict[str, Any]) -> str:
         "",
     ]
     if summary["seconds"]:
-        columns = list(next(iter(summary["seconds"].values())))
+        columns = list(dict.fromkeys(name for found in summary["seconds"].values() for name in found))
         lines.append(f"| workload | {' | '.join(columns)} | best peer / ours | best peer / compiled | vmap / ours |")
         lines.append("|---" * (len(columns) + 4) + "|")
         for workload, found in summary["seconds"].items():
-            medians = {name: found[name]["median"] for name in columns}
-            best = min(median for name, median in medians.items() if not name.startswith("ours"))
+            medians = {name: times["median"] for name, times in found.items()}
+            best = min((median for name, median in medians.items() if not name.startswith("ours")), default=None)
             ratios = (
-                best / medians["ours"],
-                best / medians["ours, compiled"],
-                medians["vmap(grad)"] / medians["ours"],
+                ratio(best, medians["ours"]),
+                ratio(best, medians["ours, compiled"]),
+                ratio(medians.get("vmap(grad)"), medians["ours"]),
             )
-            cells = [f"{1e3 * median:.3g}" for median in medians.values()] + [f"{ratio:.1f}" for ratio in ratios]
-            lines.append(f"| {workload} | {' | '.join(cells)} |")
+            cells = [f"{1e3 * medians[name]:.3g}" if name in medians else "–" for name in columns]
+            lines.append(f"| {workload} | {' | '.join([*cells, *ratios])} |")
+    if summary.get("versions"):
+        lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}."]
+    for name, reasons in summary.get("failed", {}).items():
+        lines += ["", *(f"{name} on {workload}, not timed: {reason}." for workload, reason in reasons.items())]
+    for name, reasons in summary.get("skipped", {}).items():
+        lines += ["", f"{name}: {', '.join(dict.fromkeys(reasons.values()))}."]
     for name, found in summary["memory_bytes"].items():
         lines += [
             "",
@@ -66,6 +84,11 @@ def render(summary: dict[str, Any]) -> str:
             f"{found['naive'] / 1e9:.1f} GB.",
         ]
     return "\n".join(lines)
+
+
+def ratio(of: float | None, to: float) -> str:
+    """With one decimal, where there is one."""
+    return "–" if of is None else f"{of / to:.1f}"
 
 
 def quartiles(seconds: list[float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """First-order MAML for multi-layer perceptrons at the speed of the hardware."""
 
-from . import diagnostics, reference, tasks
+from . import compat, diagnostics, reference, tasks
 from .adapted import AdaptedMLP
 from .module import FOMAML
 from .network import Sine
@@ -21,6 +21,7 @@ __all__ = [
     "Reptile",
     "Sine",
     "__version__",
+    "compat",
     "diagnostics",
     "override",
     "reference",

@@ -33,6 +33,7 @@ class AdaptedMLP:
         self._like = next(p for p in tasks.parameters if p is not None)
 
     def __len__(self) -> int:
+        """How many tasks there are."""
         return self._tasks.plan.sizes.tasks
 
     def __call__(self, query_x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class AdaptedMLP:
         return predict(self._tasks, query_x, self._parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        """Every task's parameters by name, [T, *shape], detached. This holds T networks in memory."""
+        """Every task's parameters by name, [T, ...], detached. This holds T networks in memory."""
         return self._weights(range(len(self)))
 
     def task(self, i: int) -> nn.Module:
@@ -81,6 +82,7 @@ class ReferenceAdapted:
         self._model, self._problem = model, problem
 
     def __len__(self) -> int:
+        """How many tasks there are."""
         return len(self._fast)
 
     def __call__(self, query_x: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class ReferenceAdapted:
         return reference.run_tasks(self._model, self._fast, query_x)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every task's parameters by name, [T, *shape], detached."""
+        """Every task's parameters by name, [T, ...], detached."""
         if not self._fast:
             return {name: p.detach().new_empty(0, *p.shape) for name, p in self._model.named_parameters()}
         return {name: torch.stack([weights[name].detach() for weights in self._fast]) for name in self._fast[0]}

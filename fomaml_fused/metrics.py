@@ -24,8 +24,8 @@ class InnerLosses:
         support: the loss on the support set before each step, [T, K].
         gradient_norm: of the gradient of each step, of all that moves, before clipping, [T, K].
         query: the loss on the query set before the first and after each step, [T, K + 1]; None without one.
-        support_accuracy, query_accuracy: the share of samples whose class is the likeliest, alike; None where targets
-            are no classes.
+        support_accuracy: the share of samples whose class is the likeliest, alike; None where targets are no classes.
+        query_accuracy: the same on the query set.
     """
 
     support: Tensor

@@ -37,11 +37,13 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class FOMAML(nn.Module):
-    """First-order MAML (Finn et al. 2017, section 5.2; Nichol et al. 2018) around a multi-layer perceptron.
+    """First-order MAML (Finn et al. 2017, section 5.2; Nichol et al. 2018) around a multi-layer perceptron::
 
         meta = FOMAML(model, lr=0.4, steps=5, loss="cross_entropy")
         loss = meta(support_x, support_y, query_x, query_y)
         loss.backward()                      # the FOMAML gradient, on model.parameters()
+
+    `docs/rules.md` has the formula and the source of every rule among the arguments.
 
     Args:
         model: an `nn.Sequential` of `nn.Linear` and activations. Its parameters stay the parameters, and its state
@@ -51,8 +53,23 @@ class FOMAML(nn.Module):
         loss: "mse", "l1", "huber", "cross_entropy", "bce_with_logits", a `Loss` with its options, or a callable
             (outputs [N, out], targets [N, ...]) -> loss per sample [N].
         outer_loss: the loss on the query set; None for the same.
-        momentum, weight_decay: of the inner loop, as in `torch.optim.SGD`.
-        adapt: the layers that move: "all", "head" (the last), "body" (all others) or indices.
+        optimizer: of the inner loop, "sgd" or "adam", with a state of its own for each task.
+        momentum, nesterov: of "sgd", as in `torch.optim.SGD`.
+        weight_decay: of the inner loop, as in `torch.optim.SGD`.
+        decoupled_weight_decay: keep the decay out of momentum and of Adam's moments, as `torch.optim.AdamW` does.
+        betas, eps: of "adam", as in `torch.optim.Adam`.
+        max_grad_norm: the longest gradient of a task, all that moves taken together, as in
+            `torch.nn.utils.clip_grad_norm_`.
+        max_grad_value: the largest element of a gradient, as in `torch.nn.utils.clip_grad_value_`.
+        learn_lr: learn one rate for all ("global"), or for each "step", "layer", layer and step ("layer_step") or
+            "element" of a parameter, starting from `lr`; None for fixed rates. Learned ones are parameters of this
+            module.
+        positive_lr: "softplus" or "clamp" keep learned rates from falling below 0; None lets them.
+        adapt: what moves: "all", "head" (the last layer), "body" (all others), indices of layers, names of parameters
+            and modules, or a predicate of a parameter's name and value.
+        outer: "fomaml", or "reptile", which takes no query set.
+        step_weights: what the query loss after each inner step counts, [K], as in MAML++; None for the last one alone.
+        nonfinite: what becomes of a task whose loss is not finite: "propagate" it, or "skip" the task.
         backend: "auto", "triton" (fused kernels), "torch" (batched torch ops), or "reference" (autograd, one task at a
             time).
         precision: of products in fused kernels: "ieee", "tf32x3", "tf32", "bf16" or "fp16" operands, or torch's names
@@ -60,8 +77,7 @@ class FOMAML(nn.Module):
             autocast, else `torch.get_float32_matmul_precision()`. Sums are float32 always; batched torch ops follow
             torch's own setting.
         compile: run batched torch ops through `torch.compile`: the first call of each size waits for the compiler,
-        later
-            ones have less to launch. `predict` and `adapt` are never compiled, and fused kernels need none of it.
+            later ones have less to launch. `predict` and `adapt` are never compiled, and fused kernels need none of it.
 
     Raises:
         TypeError, ValueError: an argument is not taken; the message names it.

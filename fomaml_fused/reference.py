@@ -50,7 +50,8 @@ def trajectory(
     """One task's fast weights before the first and after every step of gradient descent on its support set.
 
     Args:
-        x: [S, in], or [K, S, in] for samples of their own at every step.  y, weight: alike, [S] or [S, out], and [S].
+        x: [S, in], or [K, S, in] for samples of their own at every step.
+        y, weight: alike, [S] or [S, out], and [S].
         lr: as `FOMAML` takes it; or what may ask for a gradient: a tensor that broadcasts to [K, layers], or tensors by
             name of a parameter.
         first_order: take the Jacobian of a step to be the identity; else keep the graph through the gradients.
@@ -116,7 +117,9 @@ def mean_loss(loss: str | Loss | SampleLoss, outputs: Tensor, targets: Tensor, w
     """The weighted mean of the loss over one task's samples.
 
     Args:
-        outputs: [N, out].  targets: [N] or [N, out].  weight: [N] or None.
+        outputs: [N, out].
+        targets: [N] or [N, out].
+        weight: [N] or None.
     """
     loss = Loss.of(loss)
     match loss.name:

@@ -14,10 +14,10 @@ from torch import Tensor
 class TaskBatch(NamedTuple):
     """T tasks, in the order in which `FOMAML` takes them: `meta(*batch)`."""
 
-    support_x: Tensor  # [T, S, in]
-    support_y: Tensor  # [T, S] or [T, S, out]
-    query_x: Tensor  # [T, Q, in]
-    query_y: Tensor  # [T, Q] or [T, Q, out]
+    support_x: Tensor  #: [T, S, in]
+    support_y: Tensor  #: [T, S] or [T, S, out]
+    query_x: Tensor  #: [T, Q, in]
+    query_y: Tensor  #: [T, Q] or [T, Q, out]
 
 
 class Sinusoids:

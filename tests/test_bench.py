@@ -1,12 +1,19 @@
 """Benchmarks cannot rot: every workload builds, every peer takes our step, the report says what was measured."""
 
+import json
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bench.peers import PEERS, disagreement, oracle, ours
+from bench import jax_peer
+from bench.contenders import ENTRANTS, Peer, Race, in_process
+from bench.jax_peer import JaxProcess
+from bench.peers import Step, disagreement, oracle, ours, vmap_grad
 from bench.report import render, summarize
 from bench.workloads import TIMED, WORKLOADS, Workload
 
@@ -18,14 +25,127 @@ def small(workload: Workload) -> Workload:
     return replace(workload, widths=widths, tasks=3, shots=min(workload.shots, 6), queries=min(workload.queries, 7))
 
 
-@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=str)
-@pytest.mark.parametrize("peer", [name for name in PEERS if "compile" not in name])
-def test_every_peer_takes_our_step(peer: str, workload: Workload) -> None:
+def race_on(workload: Workload) -> Race:
+    """On few, small tasks, with the oracle's gradient to find."""
     tiny = small(workload)
     model, batch = tiny.model(), tiny.batch()
+    return Race(tiny, model, batch, oracle(tiny, model, batch))
+
+
+STARTS_A_PROCESS = "jax jit(vmap(grad))"
+CASES = [
+    (peer, workload)
+    for peer in ENTRANTS
+    for workload in WORKLOADS.values()
+    # What compiles takes too long here, and a process a few seconds: one for each activation and loss.
+    if "compile" not in peer
+    and (peer != STARTS_A_PROCESS or workload.name in ("sine K=5", "rl", "omniglot", "wide", "meta_siren"))
+]
+
+
+@pytest.mark.parametrize(("peer", "workload"), CASES, ids=str)
+def test_every_peer_takes_our_step(peer: str, workload: Workload) -> None:
+    entrant = ENTRANTS[peer]
+    obstacle = entrant.obstacle()
+    if obstacle is not None:
+        pytest.skip(f"{peer}: {obstacle}")
+    tiny = small(workload)
+    model, batch = tiny.model(), tiny.batch()
+    before = [p.detach().clone() for p in model.parameters()]
     expected = oracle(tiny, model, batch)
-    assert disagreement(PEERS[peer](tiny, model, batch)(), expected) < 1e-5
-    assert disagreement(ours(tiny, model, batch)(), expected) < 1e-5
+    with closing(entrant.make(tiny, model, batch)) as contender:
+        for _ in range(2):  # nothing is carried from one step to the next
+            assert disagreement(contender.result(), expected) < 1e-5
+        assert contender.timed(0.0) > 0.0
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=str)
+def test_we_take_the_oracles_step(workload: Workload) -> None:
+    race = race_on(workload)
+    assert disagreement(ours(race.workload, race.model, race.batch)(), race.expected) < 1e-5
+
+
+def counted(adapter: Callable[..., Step], calls: list[str], name: str, spoils: Callable[[Any], Any]) -> Peer:
+    """A peer that keeps count of its steps."""
+
+    def adapted(workload: Workload, model: nn.Module, batch: Any) -> Step:
+        step = adapter(workload, model, batch)
+
+        def counting() -> Any:
+            calls.append(name)
+            return spoils(step())
+
+        return counting
+
+    return in_process(adapted)
+
+
+def test_who_disagrees_or_raises_is_named_and_never_timed() -> None:
+    def raises(result: Any) -> Any:
+        raise ValueError("no such thing\nas this")
+
+    spoils: dict[str, Callable[[Any], Any]] = {
+        "right": lambda result: result,
+        "a little off": lambda result: (result[0], {name: g * 1.001 for name, g in result[1].items()}),
+        "another loss": lambda result: (result[0] * 1.001, result[1]),
+        "lost": lambda result: (result[0], {name: g * torch.nan for name, g in result[1].items()}),
+        "raises": raises,
+    }
+    calls: list[str] = []
+    with closing(race_on(WORKLOADS["sine K=5"])) as race:
+        for name, spoil in spoils.items():
+            race.enter(name, counted(vmap_grad, calls, name, spoil))
+        race.enter("elsewhere", in_process(vmap_grad, needs="no_such_library"))
+        race.run()
+    assert list(race.times) == ["right"]
+    assert len(race.times["right"]) == 2
+    assert [name for name in calls if name != "right"] == ["a little off", "another loss", "lost", "raises"]
+    assert race.skipped == {"elsewhere": "no_such_library is not installed"}
+    assert race.failed["raises"] == "ValueError: no such thing"
+    assert race.failed["a little off"].startswith("DisagreementError: its loss or gradient differs by 1.0e-03")
+    assert set(race.failed) == set(spoils) - {"right"}
+
+
+def test_who_raises_in_a_later_turn_is_timed_no_more() -> None:
+    calls: list[str] = []
+
+    def later(result: Any) -> Any:
+        if len(calls) > 3:
+            raise ValueError("enough")
+        return result
+
+    race = race_on(WORKLOADS["sine"])
+    race.enter("tires", counted(vmap_grad, calls, "tires", later))
+    assert list(race.times) == ["tires"]
+    race.run()
+    race.run()
+    assert not race.times
+    assert race.failed == {"tires": "ValueError: enough"}
+    assert len(calls) == 4
+
+
+def test_a_peer_cannot_change_our_model() -> None:
+    def meddles(workload: Workload, model: nn.Module, batch: Any) -> Step:
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+        return vmap_grad(workload, model, batch)
+
+    race = race_on(WORKLOADS["sine"])
+    race.enter("meddles", in_process(meddles))
+    race.enter("honest", in_process(vmap_grad))
+    assert list(race.times) == ["honest"]
+    assert list(race.failed) == ["meddles"]
+
+
+def test_a_process_that_ends_is_a_failure_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'no room left' >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(jax_peer, "interpreter", lambda: str(python))
+    race = race_on(WORKLOADS["sine"])
+    race.enter("jax", Peer(JaxProcess, jax_peer.process_obstacle))
+    assert race.failed == {"jax": "RuntimeError: jax ended with status 3: no room left"}
 
 
 def test_a_wrong_gradient_is_a_disagreement() -> None:
@@ -45,10 +165,23 @@ def test_the_report_shows_medians_and_ratios() -> None:
         "eager loop": [0.3],
         "vmap(grad)": [0.2, 0.1, 0.4],
         "compile": [0.08, 0.09, 0.07],
+        "TorchOpt": [0.5],
     }
+    told: dict[str, Any] = {"versions": {"TorchOpt": "0.7.3"}, "failed": {}, "skipped": {"higher": "not here"}}
+    apart = {name: seconds for name, seconds in times.items() if name != "TorchOpt"}
+    failed = {"failed": {"TorchOpt": "DisagreementError: it differs"}, "versions": {}, "skipped": {}}
     run = {
         "benchmarks": [
-            {"group": "wide", "stats": {"data": [0.01, 0.02, 0.03]}, "extra_info": {"others": times, **environment}},
+            {
+                "group": "wide",
+                "stats": {"data": [0.01, 0.02, 0.03]},
+                "extra_info": {"others": times, **told, **environment},
+            },
+            {
+                "group": "narrow",
+                "stats": {"data": [0.1]},
+                "extra_info": {"others": apart, **failed, **environment},
+            },
             {
                 "group": "memory: omniglot, 10 tasks",
                 "stats": {"data": [1.0]},
@@ -56,8 +189,12 @@ def test_the_report_shows_medians_and_ratios() -> None:
             },
         ]
     }
-    text = render(summarize(run))
-    assert "| wide | 20 | 10 | 300 | 200 | 80 | 4.0 | 8.0 | 10.0 |" in text
+    text = render(json.loads(json.dumps(summarize(run))))
+    assert "| wide | 20 | 10 | 300 | 200 | 80 | 500 | 4.0 | 8.0 | 10.0 |" in text
+    assert "| narrow | 100 | 10 | 300 | 200 | 80 | – | 0.8 | 8.0 | 2.0 |" in text
+    assert "Versions: TorchOpt 0.7.3." in text
+    assert "TorchOpt on narrow, not timed: DisagreementError: it differs." in text
+    assert "higher: not here." in text
     assert "2.00 GB of process memory, 1.00 GB of it" in text
     assert "20.0 GB" in text
 

@@ -1,11 +1,13 @@
 """The code that README shows runs, and the figures it quotes are those of the stored benchmark."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+import fomaml_fused as ff
 from bench import compiled, counted
 from bench.report import render
 from bench.rule_table import written
@@ -25,7 +27,7 @@ def test_the_readme_runs_as_it_stands() -> None:
     assert float(space["loss"].detach()) > 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["docs/rules.md", "docs/fields.md"])
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/rules.md", "docs/fields.md"])
 def test_every_block_of_a_page_runs_as_it_stands(page: str) -> None:
     space: dict[str, object] = {}
     for i, block in enumerate(blocks(page)):
@@ -54,6 +56,19 @@ def test_docs_link_to_what_is_there() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_reference_page_has_all_that_is_public() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    directives = re.findall(r"^\.\. auto\w+:: (?:fomaml_fused\.)?([\w.]+)$", page, re.M)
+    assert {*ff.__all__} - {*directives} == {"__version__"}
+
+
+@pytest.mark.parametrize("documented", [ff.FOMAML, ff.FOMAML.forward])
+def test_every_argument_of_the_module_is_documented(documented: object) -> None:
+    text = inspect.getdoc(documented) or ""
+    named = {name for line in re.findall(r"^    ([\w, ]+):", text, re.M) for name in line.split(", ")}
+    assert {*inspect.signature(documented).parameters} - named <= {"self"}  # type: ignore[arg-type]
 
 
 def test_every_statement_that_claims_a_test_has_it() -> None:

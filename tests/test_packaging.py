@@ -1,5 +1,6 @@
 """What is installed: the packages, kernels under their own roof, no import that needs Triton."""
 
+import os
 import subprocess
 import sys
 import venv
@@ -10,14 +11,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    """Built from the source archive, as a package index would have both: that has to be whole too."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment with the wheel in it.
+
+    torch is too large to install again: the environment sees that of this one, behind its own packages.
+    """
+    environment = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, str(wheel)], check=True, env=OUTSIDE)
+    (site,) = environment.glob("lib/python*/site-packages")
+    torch_home = Path(find_spec("torch").origin).parent.parent  # type: ignore[union-attr,arg-type]
+    (site / "borrowed.pth").write_text(f"{torch_home}\n")
+    return python
 
 
 def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel: Path) -> None:
@@ -28,34 +48,39 @@ def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel: Path) -> N
         f"fomaml_fused/{path.relative_to(ROOT / 'fomaml_fused')}" for path in (ROOT / "fomaml_fused").rglob("*.py")
     }
     kernels = {
-        f"fomaml_fused/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")
+        f"fomaml_fused/kernels/{path.relative_to(ROOT / 'kernels')}"
+        for pattern in ("*.py", "configs/*.json")
+        for path in (ROOT / "kernels").rglob(pattern)
     }
-    assert {name for name in names if name.endswith(".py")} == source | kernels
-    assert "fomaml_fused/kernels/configs/default.json" in names
+    assert "fomaml_fused/kernels/configs/default.json" in kernels
+    assert {name for name in names if ".dist-info" not in name} == source | kernels
 
 
-def test_the_wheel_installs_and_trains_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "venv"
-    venv.create(environment, with_pip=True, system_site_packages=False)
-    python = environment / "bin" / "python"
-    # torch is too large to install again: the new environment sees that of this one, behind its own packages.
-    site = next(environment.glob("lib/python*/site-packages"))
-    torch_home = Path(find_spec("torch").origin).parent.parent  # type: ignore[union-attr,arg-type]
-    (site / "borrowed.pth").write_text(f"{torch_home}\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, cwd=tmp_path)
+def test_the_wheel_trains_outside_the_repository(installed: Path, tmp_path: Path) -> None:
     program = """
-import importlib.util, torch, fomaml_fused as ff
+import importlib.util, sys, torch, fomaml_fused as ff
+from fomaml_fused.kernels.configuration import configuration
 assert importlib.util.find_spec("kernels") is None
-assert importlib.util.find_spec("fomaml_fused.kernels") is not None
-assert "venv" in ff.__file__, ff.__file__
-model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
-ff.FOMAML(model)(torch.randn(3, 5, 2), torch.randn(3, 5, 1), torch.randn(3, 5, 2), torch.randn(3, 5, 1)).backward()
-assert all(p.grad.isfinite().all() for p in model.parameters())
+assert ff.__file__.startswith(sys.prefix), ff.__file__
+assert configuration("cuda-90", "resident", 64).warps in (1, 2, 4, 8)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.ReLU(), torch.nn.Linear(20, 1))
+meta, sampler = ff.FOMAML(model, lr=0.01, steps=2), ff.tasks.Sinusoids(shots=5, queries=5)
+optimizer, batch = torch.optim.SGD(model.parameters(), lr=0.01), sampler.sample(4)
+losses = []
+for _ in range(3):
+    optimizer.zero_grad()
+    losses.append(meta(*batch))
+    losses[-1].backward()
+    optimizer.step()
+assert losses[0] > losses[1] > losses[2], losses
 """
-    subprocess.run([python, "-c", program], check=True, cwd=tmp_path)
-    found = subprocess.run(
-        [environment / "bin" / "fomaml-fused", "--version"], check=True, capture_output=True, text=True
-    )
+    subprocess.run([str(installed), "-I", "-c", program], check=True, cwd=tmp_path)
+
+
+def test_the_wheel_brings_the_command(installed: Path, tmp_path: Path) -> None:
+    command = [str(installed.with_name("fomaml-fused")), "--version"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=OUTSIDE)
     assert found.stdout.strip() == "0.1.0"
 
 
@@ -65,7 +90,7 @@ import importlib.util
 assert importlib.util.find_spec("kernels") is None
 assert importlib.util.find_spec("fomaml_fused.kernels") is not None
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path)
 
 
 def test_importing_needs_neither_triton_nor_a_driver(tmp_path: Path) -> None:
@@ -74,7 +99,7 @@ import sys
 sys.modules["triton"] = None
 import fomaml_fused, fomaml_fused.cli
 """
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path)
 
 
 def test_kernels_stand_on_their_own() -> None:
@@ -100,7 +125,7 @@ def test_imports_go_one_way() -> None:
         ["adapted", "metrics", "parts", "ragged"],
         ["module"],
         ["presets"],
-        ["diagnostics", "train", "tuning"],
+        ["compat", "diagnostics", "train", "tuning"],
         ["cli"],
     ]
     rank = {name: i for i, names in enumerate(order) for name in names}
