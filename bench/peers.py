@@ -32,8 +32,11 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str 
     parameters = dict(model.named_parameters())
 
     def step() -> Result:
-        with ff.override(engine=engine):
+        if engine is None:
             loss = meta(*batch)
+        else:
+            with ff.override(engine=engine):
+                loss = meta(*batch)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         return loss.detach(), dict(zip(parameters, gradients, strict=True))
 

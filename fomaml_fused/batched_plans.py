@@ -10,6 +10,7 @@ import torch
 
 from .batch import Sizes
 from .costs import (
+    COMPILED,
     CPU,
     GPU,
     Device,
@@ -33,8 +34,12 @@ SHARED_MATRIX = 1.06
 LEAST_ROWS = 64
 
 
-def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -> dict[str, Plan | str]:
+def batched_plans(
+    problem: Problem, sizes: Sizes, told: Override, reason: str, compiled: bool = False
+) -> dict[str, Plan | str]:
     """The plan of batched torch ops, and what it would be with every layer in one form.
+
+    compiled: whether they run through `torch.compile`.
 
     Raises:
         ValueError: it is told to take the samples of a task in blocks, and cannot.
@@ -45,7 +50,8 @@ def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -
         if why is not None and told.engine in (None, "batched"):
             raise ValueError(f"rows is {told.rows}, but the samples of a task cannot run in blocks: {why}")
         told = replace(told, forms=forms, rows=told.rows if why is None else None)
-    found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, told, reason)}
+    device = GPU if sizes.device.type != "cpu" else COMPILED if compiled else CPU
+    found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, device, told, reason)}
     for form in FORMS:
         forms = (form,) * problem.network.depth
         moving = range(problem.inner.first_adapted, problem.network.depth)
@@ -53,13 +59,13 @@ def batched_plans(problem: Problem, sizes: Sizes, told: Override, reason: str) -
         if why is not None:
             found[f"all {form}"] = why
             continue
-        found[f"all {form}"] = _fastest(problem, sizes, replace(told, forms=forms, chunk=None, rows=None), reason)
+        alike = replace(told, forms=forms, chunk=None, rows=None)
+        found[f"all {form}"] = _fastest(problem, sizes, device, alike, reason)
     return found
 
 
-def _fastest(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Plan:
+def _fastest(problem: Problem, sizes: Sizes, device: Device, told: Override, reason: str) -> Plan:
     """The fastest plan of batched torch ops, by the cost model, that stays within the bound on memory."""
-    device = CPU if sizes.device.type == "cpu" else GPU
     candidates = [told.chunk] if told.chunk is not None else _chunks(sizes.tasks)
     plans = [_plan_chunk(problem, sizes, device, told, chunk, reason) for chunk in candidates]
     # Blocks do not bound what `predict` holds, so they make no chunk possible that is not possible without them.
@@ -77,7 +83,7 @@ def _fastest(problem: Problem, sizes: Sizes, told: Override, reason: str) -> Pla
 
 def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str) -> Plan:
     """The cheapest forms for a given number of tasks at a time."""
-    shape, times = _shape(problem, sizes, chunk), math.ceil(sizes.tasks / chunk)
+    shape, times = _shape(problem, sizes, device, chunk), math.ceil(sizes.tasks / chunk)
     layers = problem.network.layers
     of_pass = sum(pass_bytes(layer, shape) for layer in layers)
     chosen, held, state = [], 0.0, 0.0
@@ -100,7 +106,7 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     )
 
 
-def _shape(problem: Problem, sizes: Sizes, chunk: int) -> Shape:
+def _shape(problem: Problem, sizes: Sizes, device: Device, chunk: int) -> Shape:
     inner = problem.inner
     return Shape(
         tasks=chunk,
@@ -114,12 +120,13 @@ def _shape(problem: Problem, sizes: Sizes, chunk: int) -> Shape:
         updates=_updates(inner),
         copies=2 * (inner.optimizer == "adam")
         + (0 if inner.learn_lr is None else inner.steps if inner.learns_each_step else 1),
+        fuses=device.fuses,
     )
 
 
 def _in_blocks(plan: Plan, device: Device, rows: int) -> Plan:
     """The plan with `rows` samples of a task at a time: as many steps and query passes of fewer samples each."""
-    problem, shape = plan.problem, _shape(plan.problem, plan.sizes, plan.chunk)
+    problem, shape = plan.problem, _shape(plan.problem, plan.sizes, device, plan.chunk)
     times = math.ceil(plan.sizes.tasks / plan.chunk)
     block = replace(
         shape,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .engines import fold_step
+from .engines.products import THIN
 from .problem import Layer
 
 
@@ -28,6 +29,7 @@ class Device:
         turnover: bytes that a pass through all layers may hold for that; more is given back to the system after every
             pass, and comes again page by page.
         threads: that multiply a matrix each, where there are as many.
+        fuses: whether products with a thin side are a part of what stands beside them, as `engines.products` has it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Device:
     cache: int
     turnover: float
     threads: int
+    fuses: bool = False
 
     def bandwidth(self, working_set: WorkingSet) -> float:
         fits = working_set.layer <= self.cache and working_set.of_pass <= self.turnover
@@ -58,6 +61,8 @@ CPU = Device(
     turnover=18 << 20,
     threads=2,
 )
+# Between products a compiler leaves little to start, and less Python around it.
+COMPILED = replace(CPU, name="cpu, compiled", launch=3e-6, fuses=True)
 # The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
 # What a pass leaves there torch keeps for the next one.
 GPU = Device(
@@ -103,6 +108,7 @@ class Shape:
         updates: of a step whose gradient is written before it is used, the operations on numbers as many as a weight's;
             0 where it is summed right into what it changes.
         copies: as large as a weight, of each task, beside that and a velocity: Adam's moments, what rates multiplied.
+        fuses: as of the device.
     """
 
     tasks: int
@@ -115,12 +121,14 @@ class Shape:
     passes: int = 1
     updates: int = 0
     copies: int = 0
+    fuses: bool = False
 
     def product(self, matrices: int, m: int, k: float, n: float, passes: int = 1, count: int = 1) -> Operation:
         """`matrices` products [m, k] x [k, n], `count` times; `passes` over the result, 2 where it is added to."""
         traffic = matrices * self.itemsize * (m * k + k * n + passes * m * n)
-        separate = matrices if matrices > 1 else 0
-        return Operation(count, count * separate, count * 2.0 * matrices * m * k * n, count * traffic)
+        fused = self.fuses and min(m, k, n) <= THIN
+        separate = matrices if matrices > 1 and not fused else 0
+        return Operation(0 if fused else count, count * separate, count * 2.0 * matrices * m * k * n, count * traffic)
 
     def elementwise(self, numbers: float, passes: int = 2, count: int = 1) -> Operation:
         """`count` ops with a result of `numbers` numbers, with `passes` over that many, reading and writing."""

@@ -14,16 +14,16 @@ def hashed_once(cls: type[T]) -> type[T]:
     """
     compute: Any = cls.__hash__
 
-    def __hash__(self: Any) -> int:
+    def hash_once(self: Any) -> int:
         found: int | None = self.__dict__.get("_hash")
         if found is None:
             found = compute(self)
             self.__dict__["_hash"] = found
         return found
 
-    def __getstate__(self: Any) -> dict[str, Any]:
+    def state(self: Any) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
-    cls.__hash__ = __hash__  # type: ignore[assignment]
-    cls.__getstate__ = __getstate__  # type: ignore[attr-defined]
+    cls.__hash__ = hash_once  # type: ignore[method-assign]
+    cls.__getstate__ = state  # type: ignore[method-assign]
     return cls

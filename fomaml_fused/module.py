@@ -213,12 +213,12 @@ class FOMAML(nn.Module):
         if self.backend == "reference":
             return self._reference_loss(support, query, task_weight, counts, reduction)
         parts = self._parts(support, query, counts)
-        self.skipped = None
+        self.__dict__["skipped"] = None  # past nn.Module, which would look among parameters and modules first
         if reduction == "none" or self._asks(query, task_weight):
             skips = self.problem.nonfinite == "skip" and reduction != "none"
             losses = task_losses(parts, self._parameters_flat, tasks, self._like, skips=skips)
             return self._reduce(losses, task_weight, reduction)
-        loss, self.skipped = fused_loss(
+        loss, self.__dict__["skipped"] = fused_loss(
             parts, self._parameters_flat, task_weight, tasks, reduction, compiled=self.compiled
         )
         return loss
@@ -300,7 +300,7 @@ class FOMAML(nn.Module):
             self._like.dtype if dtype is None else dtype,
             self._like.device if device is None else torch.device(device),
         )
-        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
+        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device), compiled=self.compiled)
 
     def adapted_names(self) -> list[str]:
         """The names of the parameters that move in the inner loop."""
@@ -365,7 +365,7 @@ class FOMAML(nn.Module):
             queries = 0 if query is None else query.x.shape[1]
             return [Part(None, self._plan(support, queries), support, query)]
         sizes, steps = self._sizes(support, 0), self.problem.inner.steps
-        planned = plan_groups(self.problem, sizes, counts, self.backend, self._precision(sizes.device))
+        planned = plan_groups(self.problem, sizes, counts, self.backend, self._precision(sizes.device), self.compiled)
         return [
             Part(
                 group.tasks,
@@ -432,7 +432,7 @@ class FOMAML(nn.Module):
 
     def _plan(self, support: Support, queries: int) -> Plan:
         sizes = self._sizes(support, queries)
-        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device))
+        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device), compiled=self.compiled)
 
     def _precision(self, device: torch.device) -> str:
         if self.precision is not None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .batch import Sizes
-from .hashing import hashed_once
 from .engines import fold_step
+from .hashing import hashed_once
 from .problem import Problem
 from .text import scaled, table
 

@@ -87,12 +87,12 @@ def read_counts(name: str, counts: Counts | None, tasks: int, most: int, least: 
 
 
 def plan_groups(
-    problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
+    problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str, compiled: bool = False
 ) -> list[tuple[Group, Plan]]:
     """The groups that the cost model finds the fastest, each with its plan."""
 
     def planned(ratio: float) -> list[tuple[Group, Plan]]:
-        return [(group, _plan(problem, sizes, group, backend, precision)) for group in counts.groups(ratio)]
+        return [(group, _plan(problem, sizes, group, backend, precision, compiled)) for group in counts.groups(ratio)]
 
     # What a sample gives under a BatchNorm depends on all samples of its set, so padding would show.
     if backend == "reference" or problem.network.mixes_samples:
@@ -117,7 +117,7 @@ def _samples(group: Group) -> int:
     return len(group.tasks) * (max(group.steps, 1) * group.shots + group.queries)
 
 
-def _plan(problem: Problem, sizes: Sizes, group: Group, backend: str, precision: str) -> Plan:
+def _plan(problem: Problem, sizes: Sizes, group: Group, backend: str, precision: str, compiled: bool) -> Plan:
     """The plan of a group; made for rounder numbers, so that it is found again however tasks fall into groups."""
     tasks = len(group.tasks)
     rounder = replace(
@@ -126,7 +126,7 @@ def _plan(problem: Problem, sizes: Sizes, group: Group, backend: str, precision:
         shots=min(_round_up(group.shots), sizes.shots),
         queries=_round_up(group.queries),
     )
-    plan = make_plan(with_steps(problem, group.steps), rounder, backend, precision)
+    plan = make_plan(with_steps(problem, group.steps), rounder, backend, precision, compiled=compiled)
     own = replace(sizes, tasks=tasks, shots=group.shots, queries=group.queries)
     return replace(plan, sizes=own, chunk=min(plan.chunk, tasks))
 

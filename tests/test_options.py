@@ -283,6 +283,19 @@ def test_every_size_compiles_and_annealed_weights_do_not_compile_anew() -> None:
                 torch.testing.assert_close(meta(**some), expected)
 
 
+def test_arguments_that_come_and_go_are_compiled_apart() -> None:
+    case = Case(widths=(1, 5, 1), tasks=2, steps=1)
+    meta, batch = case.meta(case.model(torch.float32), "torch", compile=True), case.batch(torch.float32)
+    plain = ff.FOMAML(meta.model, lr=0.1)
+    counts = torch.rand(2, case.shots) + 0.1
+    for further in ({}, {"support_weight": counts}, {"task_weight": torch.tensor([1.0, 3.0])}, {}):
+        torch.testing.assert_close(meta(**batch, **further), plain(**batch, **further))
+    with torch.no_grad():
+        for p in meta.parameters():
+            p.add_(1.0)
+    torch.testing.assert_close(meta(**batch), plain(**batch))
+
+
 def test_what_lies_behind_the_counted_samples_does_not_matter() -> None:
     case = Case(widths=(3, 17, 5), tasks=4)
     meta, batch = case.meta(case.model(torch.float64), "torch"), case.batch(torch.float64)

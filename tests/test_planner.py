@@ -325,6 +325,14 @@ def test_autocast_decides_where_no_precision_is_given() -> None:
         assert plan(mlp(3, 4), 2, 5, 5, backend="triton", precision="tf32").precision == "tf32"
 
 
+def test_a_compiler_makes_thin_layers_cheap() -> None:
+    """The products of a layer with one input are no ops of their own there, so its weights cost nothing to keep."""
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    plans = [ff.FOMAML(model, steps=5, compile=compiled).plan(25, 10) for compiled in (False, True)]
+    assert [plan.layers[0].form for plan in plans] == ["dual", "primal"]
+    assert plans[1].estimate.seconds < plans[0].estimate.seconds
+
+
 def test_what_is_said_of_shared_memory_covers_what_was_compiled() -> None:
     """And every configuration that ships is said to fit."""
     from fomaml_fused.kernels.configuration import configuration

@@ -8,7 +8,7 @@ materialises them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     kept: Tensor | None = None
 
 
-class Planned(Protocol):
+class Planned(Hashable, Protocol):
     """What engines read of a plan."""
 
     @property

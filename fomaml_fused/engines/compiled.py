@@ -51,12 +51,14 @@ def _compiled(
     # Dynamo tells that it traces through functions with a cache, which is what they are there for.
     warnings.filterwarnings("ignore", message=r"(?s).*functools\.lru_cache", module="torch")
 
-    def run(*tensors: Tensor) -> Outcome:
+    def run(*tensors: Any) -> Outcome:
         rest = iter(tensors)
         share, *others = [next(rest) if a is _TENSOR else a for a in layout]
-        own, weights, parameters = others[:sets], others[sets : sets + steps], others[sets + steps :]
-        query = None if sets == 3 else Query(*own[3:], step_weights=tuple(weights) if steps else None)
-        return batched.step(plan, needed, parameters, Support(*own[:3]), query, share)
+        query = None
+        if sets > 3:
+            x, y, weight = others[3:sets]
+            query = Query(x, y, weight, step_weights=tuple(others[sets : sets + steps]) if steps else None)
+        return batched.step(plan, needed, others[sets + steps :], Support(*others[:3]), query, share)
 
     # Dynamo counts how often it compiles by code, and stops at eight; so every plan has code of its own.
     code = run.__code__.replace(co_name=f"step_{next(_COUNTER)}")
