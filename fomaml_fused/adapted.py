@@ -37,7 +37,7 @@ class AdaptedMLP:
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
-        check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
+        query_x = check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
         return predict(self._tasks, query_x, self._parameters())
 
     def weights(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class ReferenceAdapted:
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
         like = next(iter(self._fast[0].values() if self._fast else self._model.parameters()))
-        check_query_features(self._problem, like, len(self), query_x)
+        query_x = check_query_features(self._problem, like, len(self), query_x)
         return reference.run_tasks(self._model, self._fast, query_x)
 
     def weights(self) -> dict[str, Tensor]:

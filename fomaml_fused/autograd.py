@@ -20,6 +20,11 @@ from .batch import Query, Support, compute_dtype
 from .engines import FlatParameters, Gradients, batched
 from .plans import Plan
 
+NO_SECOND_DERIVATIVE = (
+    "the first-order meta-gradient has no second derivative; "
+    "fomaml_fused.reference.meta_loss(..., first_order=False) gives losses that can be differentiated twice"
+)
+
 
 def meta_loss(
     plan: Plan,
@@ -293,10 +298,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "the first-order meta-gradient has no second derivative; "
-            "fomaml_fused.reference.meta_loss(..., first_order=False) gives losses that can be differentiated twice"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, cotangent: Tensor) -> Gradients:
