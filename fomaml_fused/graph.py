@@ -8,7 +8,7 @@ backward of what is not reduced adapts the tasks again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .autograd import NO_SECOND_DERIVATIVE
+from .autograd import NO_SECOND_DERIVATIVE, once_differentiable
 from .batch import Query, check_parameters, compute_dtype
 from .calls import Call, Given, reduced
 from .engines import FlatParameters, Gradients
@@ -57,21 +57,6 @@ def number_of(module: Any) -> int:
     return number
 
 
-def _run(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-# What breaks a graph, and with fullgraph=True is an error that says why.
-OUTSIDE: dict[str, Callable[..., Any]] = {
-    name: torch.compiler.disable(_run, reason=f"fomaml_fused: {reason} run outside of graphs")
-    for name, reason in {
-        "reference": "the tasks of backend 'reference', one at a time by autograd,",
-        "callable": "an outer_loss that is a callable, with step_weights or counts of samples or steps,",
-        "objects": "adapt() and losses(), which give objects,",
-    }.items()
-}
-
-
 def obstacle(module: Module, given: Given) -> str | None:
     """Why a call cannot be one op, by its name in `OUTSIDE`; None where it can."""
     if module.backend == "reference":
@@ -102,7 +87,7 @@ def loss(module: Module, given: Given, reduction: str) -> tuple[Tensor, Tensor |
         value: Tensor = torch.ops.fomaml_fused.task_values(*how, *values, "losses", given.support_x.shape[:1])
         return value, None
     value, skipped, _ = torch.ops.fomaml_fused.meta_loss(*how, *values, reduction, values.needed())
-    return value, skipped.detach() if skips else None
+    return value, skipped if skips else None
 
 
 def predict(module: Module, given: Given) -> Tensor:
@@ -119,8 +104,10 @@ def _outputs(module: Module, values: Values, backend: str) -> Tensor:
 
 
 def _how(module: Module, backend: str, x: Tensor) -> tuple[int, str, str | None, bool]:
+    # What compiles in an op finds functorch, by which it takes the gradient of a callable, switched off.
+    compiled = module.compiled and module.problem.loss.name != "callable"
     # Autocast is a matter of the graph: when it runs there is none.
-    return module.graph_number, backend, module.graph_precision(x.device), module.compiled
+    return module.graph_number, backend, module.graph_precision(x.device), compiled
 
 
 def _asks_callable(module: Module, given: Given) -> bool:
@@ -220,8 +207,10 @@ def _meta_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         call, values = _call(arguments, needed)
         batch = call.check(values.given)
         dtype = compute_dtype(values.support_x.dtype)
-        flat = [None if p is None else p.to(dtype) for p in call.flat]
-        query = None if batch.query is None else replace(batch.query, x=batch.query.x.to(dtype))
+        # Where more asks for a gradient, a loss of outputs in 16 bits has it, eagerly as well.
+        wide_dtype = values.support_x.dtype if any(needed[-3:]) else dtype
+        flat = [None if p is None else p.to(wide_dtype) for p in call.flat]
+        query = None if batch.query is None else replace(batch.query, x=batch.query.x.to(wide_dtype))
         value, skipped = replace(call, flat=flat).loss(batch._replace(query=query), reduction)
         wide = [*(p for p in flat if p is not None), *(values.asking()[-4:])]
         wide[-4] = None if query is None else query.x
@@ -285,22 +274,22 @@ def _task_values_backward_fake(*arguments: Any) -> list[Tensor]:
 
 
 def _keep_gradients(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    ctx.set_materialize_grads(False)  # so that what asks for a second derivative is told from what does not
-    ctx.dtypes = [None if t is None else t.dtype for t in Values(*inputs[4:16]).asking()]
-    ctx.needed = inputs[-1]
-    ctx.save_for_backward(*output[2])
+    _, skipped, gradients = output
+    asking = Values(*inputs[4:16]).asking()
+    ctx.needed, ctx.dtypes, ctx.count = inputs[-1], [None if t is None else t.dtype for t in asking], len(gradients)
+    ctx.mark_non_differentiable(skipped, *gradients)
+    ctx.save_for_backward(*gradients, *asking)
 
 
-def _scale_gradients(ctx: Any, cotangent: Tensor | None, _: Any, again: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    if any(g is not None for g in again):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
-    saved = iter(ctx.saved_tensors)
-    return _as_inputs(
-        [
-            None if not need or cotangent is None else (g := next(saved)).mul(cotangent.to(g.dtype)).to(dtype)
+def _scale_gradients(ctx: Any, cotangent: Tensor, *_: Any) -> tuple[Any, ...]:
+    saved, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    gradients = iter(saved)
+    with torch.no_grad():
+        found = [
+            (g := next(gradients)).mul(cotangent.to(g.dtype)).to(dtype) if need else None
             for need, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
         ]
-    )
+    return _as_inputs(once_differentiable(found, (cotangent, *sources)))
 
 
 def _keep_inputs(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
@@ -340,7 +329,9 @@ _ARGUMENTS = (
 def _register(name: str, schema: str, function: Any, fake: Any, backward: Any, setup: Any = None) -> None:
     name = f"fomaml_fused::{name}"
     torch.library.define(name, f"({_ARGUMENTS}{schema}")
-    torch.library.impl(name, "default", function)
+    torch.library.impl(
+        name, "default", torch.compiler.disable(function)
+    )  # what runs beside a graph, Dynamo would trace
     torch.library.register_fake(name, fake)
     torch.library.register_autograd(name, backward, setup_context=setup)
 

@@ -18,6 +18,7 @@ from .engines import FlatParameters
 from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
+from .outside import OUTSIDE
 from .parts import in_torch, places
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
@@ -198,7 +199,7 @@ class FOMAML(nn.Module):
         )
         if torch.compiler.is_compiling():
             if (obstacle := graph.obstacle(self, given)) is not None:
-                found: Tensor = graph.OUTSIDE[obstacle](self._loss, given, reduction)
+                found: Tensor = OUTSIDE[obstacle](self._loss, given, reduction)
                 return found
             loss, self.skipped = graph.loss(self, given, reduction)
             return loss
@@ -211,7 +212,7 @@ class FOMAML(nn.Module):
         given = Given(support_x, support_y, query_x, support_weight=support_weight)
         if torch.compiler.is_compiling():
             if (obstacle := graph.obstacle(self, given)) is not None:
-                found: Tensor = graph.OUTSIDE[obstacle](self._predict, given)
+                found: Tensor = OUTSIDE[obstacle](self._predict, given)
                 return found
             return graph.predict(self, given)
         return self._predict(given)
@@ -221,8 +222,8 @@ class FOMAML(nn.Module):
     ) -> AdaptedMLP | ReferenceAdapted:
         """The adapted networks, to be called on any number of query samples."""
         if torch.compiler.is_compiling():
-            adapted: AdaptedMLP | ReferenceAdapted = graph.OUTSIDE["objects"](
-                self.adapt, support_x, support_y, support_weight
+            adapted: AdaptedMLP | ReferenceAdapted = OUTSIDE["objects"](
+                self.adapt, support_x, support_y, support_weight=support_weight
             )
             return adapted
         call = self._call()
@@ -252,6 +253,20 @@ class FOMAML(nn.Module):
         Arguments as of a call; query sets may be left out whatever the outer rule. Runs as batched torch ops, and for a
         log beside the training loop: `log(meta.losses(...).scalars())`.
         """
+        if torch.compiler.is_compiling():
+            inside: InnerLosses = OUTSIDE["objects"](
+                self.losses,
+                support_x,
+                support_y,
+                query_x,
+                query_y,
+                support_weight=support_weight,
+                query_weight=query_weight,
+                support_counts=support_counts,
+                query_counts=query_counts,
+                step_counts=step_counts,
+            )
+            return inside
         given = Given(support_x, support_y, query_x, query_y, support_weight, query_weight)
         call = self._call()
         batch = call.check(
