@@ -117,7 +117,7 @@ def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: 
     if x.shape[-2] == 0 and steps > 0:
         raise ValueError(f"support_x has no sample: {list(x.shape)}; each of the {steps} steps takes one")
     _check_statistics("support_x", x, problem.network)
-    return Support(_ordinary(x.detach()), _ordinary(y.detach()), None if weight is None else _ordinary(weight))
+    return Support(_ordinary(x.detach()), _ordinary(y.detach()), weight)
 
 
 def check_query(
@@ -137,7 +137,6 @@ def check_query(
     x = check_query_features(problem, like, tasks, x)
     _check_targets("query_y", y, "query_x", x, problem.outer_loss, problem.network, like)
     weight = _check_weight("query_weight", weight, x.shape[:2], like, "[tasks, queries]")
-    weight = None if weight is None else _ordinary(weight)
     return Query(x, _ordinary(y), weight, check_task_weight(task_weight, tasks, like))
 
 
@@ -241,4 +240,4 @@ def _check_weight(name: str, weight: Tensor | None, shape: torch.Size, like: Ten
     if weight.dtype == torch.bool:
         return weight.to(like.dtype)
     _check_dtype(name, weight, like.dtype, "as the model, or torch.bool")
-    return weight
+    return _ordinary(weight)

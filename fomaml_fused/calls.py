@@ -96,7 +96,8 @@ class Call:
         tasks, shots = support.x.shape[0], support.x.shape[-2]
         query = self._query(given, tasks, measured)
         queries = 0 if query is None else query.x.shape[1]
-        return Batch(support, query, given.task_weight, self._counts(given, tasks, shots, queries))
+        task_weight = check_task_weight(given.task_weight, tasks, self.like)
+        return Batch(support, query, task_weight, self._counts(given, tasks, shots, queries))
 
     def support(self, given: Given) -> Support:
         """The support sets alone, checked."""
@@ -151,14 +152,13 @@ class Call:
             for name in ("query_x", "query_y", "query_weight"):
                 if getattr(given, name) is not None:
                     raise ValueError(f"{name} is given; outer 'reptile' takes no query set")
-            check_task_weight(given.task_weight, tasks, self.like)
             return None
         if x is None or y is None:
             if measured and x is y:
                 return None
             takes = "it takes both of them or none" if measured else "outer 'fomaml' takes query sets"
             raise TypeError(f"query_{'x' if x is None else 'y'} is NoneType; {takes}")
-        query = check_query(self.problem, self.like, tasks, x, y, weight, given.task_weight)
+        query = check_query(self.problem, self.like, tasks, x, y, weight)
         return query if measured else replace(query, step_weights=self.step_weights)
 
     def _counts(self, given: Given, tasks: int, shots: int, queries: int) -> TaskCounts | None:
