@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def work(rank: int, folder: Path) -> None:
     parallel = DistributedDataParallel(meta)
     parallel(**own).backward()
     torch.save([p.grad for p in meta.parameters()], folder / f"gradients.{rank}")
+    del parallel  # which, as the last to hold the group, would wait for it with Python's lock in its hand
     for name, config in RUNS.items():
         train(config, folder / name)
     train(RUN, folder / "resumed", interrupt=True)
@@ -89,7 +91,13 @@ def work(rank: int, folder: Path) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
-    spawn(work, (folder,), nprocs=2)
+    processes = spawn(work, (folder,), nprocs=2, join=False)
+    end = time.monotonic() + 240.0
+    while not processes.join(timeout=10.0):
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
     return folder
 
 
