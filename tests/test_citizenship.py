@@ -161,8 +161,9 @@ def results(meta: ff.FOMAML, batch: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
-        *(("batched", kind) for kind in ("transposed", "off the boundary")),
-        *((engine, kind) for engine in ENGINES for kind in ("sliced, with strides, off the boundary", "expanded")),
+        *(("batched", kind) for kind in ("transposed", "off the boundary", "expanded")),
+        ("resident", "expanded"),
+        *((engine, "sliced, with strides, off the boundary") for engine in ENGINES),
     ],
 )
 def test_memory_may_be_laid_out_in_any_way(engine: str, kind: str) -> None:
