@@ -12,6 +12,7 @@ from . import reference
 from .autograd import AdaptedTasks, predict
 from .batch import check_query_features
 from .engines import FlatParameters
+from .outside import OUTSIDE
 from .problem import Problem
 
 
@@ -38,7 +39,10 @@ class AdaptedMLP:
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
-        check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
+        if torch.compiler.is_compiling():
+            outputs: Tensor = OUTSIDE["objects"](self, query_x)
+            return outputs
+        query_x = check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)
         return predict(self._tasks, query_x, self._parameters())
 
     def weights(self) -> dict[str, Tensor]:
@@ -88,7 +92,7 @@ class ReferenceAdapted:
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
         like = next(iter(self._fast[0].values() if self._fast else self._model.parameters()))
-        check_query_features(self._problem, like, len(self), query_x)
+        query_x = check_query_features(self._problem, like, len(self), query_x)
         return reference.run_tasks(self._model, self._fast, query_x)
 
     def weights(self) -> dict[str, Tensor]:

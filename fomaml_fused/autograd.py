@@ -20,6 +20,11 @@ from .engines import FlatParameters, Gradients, batched
 from .engines import compiled as compiled_engine
 from .plans import Plan
 
+NO_SECOND_DERIVATIVE = (
+    "the first-order meta-gradient has no second derivative; "
+    "fomaml_fused.reference.meta_loss(..., first_order=False) gives losses that can be differentiated twice"
+)
+
 
 def meta_loss(
     plan: Plan,
@@ -289,10 +294,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "the first-order meta-gradient has no second derivative; "
-            "fomaml_fused.reference.meta_loss(..., first_order=False) gives losses that can be differentiated twice"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any, cotangent: Tensor) -> Gradients:
@@ -301,12 +303,16 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
     one too, and without an error a gradient penalty would silently count as a constant.
     """
-    again = torch.is_grad_enabled()  # autograd enables gradients in a backward exactly under create_graph
     with torch.no_grad():
         gradients = backward(ctx, cotangent)
-    if not again:
+    return once_differentiable(gradients, (cotangent, *ctx.inputs))
+
+
+def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) -> Gradients:
+    """What a backward returns, computed from `sources`; to differentiate it again is an error."""
+    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
         return gradients
-    return [None if g is None else _NoSecondDerivative.apply(g, cotangent, *ctx.inputs) for g in gradients]
+    return [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in gradients]
 
 
 def _engine(plan: Plan) -> ModuleType:

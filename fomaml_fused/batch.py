@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +117,7 @@ def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: 
     if x.shape[-2] == 0 and steps > 0:
         raise ValueError(f"support_x has no sample: {list(x.shape)}; each of the {steps} steps takes one")
     _check_statistics("support_x", x, problem.network)
-    return Support(x.detach(), y.detach(), weight)
+    return Support(_ordinary(x.detach()), _ordinary(y.detach()), weight)
 
 
 def check_query(
@@ -133,10 +134,10 @@ def check_query(
     Args:
         x: [T, Q, in].  y: [T, Q] or [T, Q, out].  weight: [T, Q].  task_weight: [T].
     """
-    check_query_features(problem, like, tasks, x)
+    x = check_query_features(problem, like, tasks, x)
     _check_targets("query_y", y, "query_x", x, problem.outer_loss, problem.network, like)
     weight = _check_weight("query_weight", weight, x.shape[:2], like, "[tasks, queries]")
-    return Query(x, y, weight, check_task_weight(task_weight, tasks, like))
+    return Query(x, _ordinary(y), weight, check_task_weight(task_weight, tasks, like))
 
 
 def check_task_weight(weight: Tensor | None, tasks: int, like: Tensor) -> Tensor | None:
@@ -144,8 +145,8 @@ def check_task_weight(weight: Tensor | None, tasks: int, like: Tensor) -> Tensor
     return _check_weight("task_weight", weight, torch.Size([tasks]), like, "[tasks]")
 
 
-def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) -> None:
-    """Raises what `check_query` raises for its features alone."""
+def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) -> Tensor:
+    """The features of query sets alone; raises what `check_query` raises for them."""
     _check_features("query_x", x, problem.network, like)
     if x.shape[0] != tasks:
         raise ValueError(
@@ -153,6 +154,24 @@ def check_query_features(problem: Problem, like: Tensor, tasks: int, x: Tensor) 
             "[tasks, samples, features]"
         )
     _check_statistics("query_x", x, problem.network)
+    return _ordinary(x)
+
+
+def check_parameters(parameters: Sequence[Tensor | None]) -> None:
+    """Raises a ValueError where parameters of a model, as engines list them, differ in dtype or device."""
+    like = parameters[0]
+    assert like is not None
+    for p in parameters:
+        if p is not None and (p.dtype != like.dtype or p.device != like.device):
+            raise ValueError(
+                f"model has parameters of {like.dtype} on {like.device} and of {p.dtype} on {p.device}; "
+                "all take the same dtype and device"
+            )
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """The tensor; or where it was made in inference mode, and there is autograd now, a copy that autograd takes."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def _check_tensor(name: str, value: object, like: Tensor) -> None:
@@ -221,4 +240,4 @@ def _check_weight(name: str, weight: Tensor | None, shape: torch.Size, like: Ten
     if weight.dtype == torch.bool:
         return weight.to(like.dtype)
     _check_dtype(name, weight, like.dtype, "as the model, or torch.bool")
-    return weight
+    return _ordinary(weight)

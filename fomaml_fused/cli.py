@@ -22,6 +22,7 @@ from .problem import LOSSES
 from .text import table
 from .train import digits, images, sine
 from .train.loop import InterruptedRunError, require_demo_packages
+from .train.ranks import launched
 from .train.rules import Rules, described
 from .version import __version__
 
@@ -89,7 +90,15 @@ def _train(name: str, out: Path, resume: bool, **options: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and option != "seed" and value < 1:
             raise ValueError(f"{option} is {value}; it takes at least 1")
     config, run, _ = RUNS[name]
-    print(run(config(**options), out, resume=resume))
+    with launched() as ranks:
+        try:
+            found = run(config(**options), out, resume=resume)
+        except InterruptedRunError:
+            if ranks.first:
+                raise
+            return 130
+    if ranks.first:
+        print(found)
     return 0
 
 

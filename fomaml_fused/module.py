@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import graph, reference
 from .adapted import AdaptedMLP, ReferenceAdapted
-from .autograd import AdaptedTasks, predict
-from .batch import (
-    Query,
-    Sizes,
-    Support,
-    check_query,
-    check_query_features,
-    check_support,
-    check_task_weight,
-)
+from .autograd import AdaptedTasks
+from .batch import Sizes, Support, check_parameters, check_query_features
+from .calls import Batch, Call, Given
 from .engines import FlatParameters
 from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
-from .parts import Part, fused_loss, in_torch, mean_of_left, places, task_losses
+from .outside import OUTSIDE
+from .parts import in_torch, places
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
 from .problem import Loss, Problem, SampleLoss
-from .ragged import Counts, TaskCounts, factor_of, plan_groups, query_of, read_counts, support_of
+from .ragged import Counts
 from .rates import LearnedRates
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -143,6 +136,7 @@ class FOMAML(nn.Module):
             self.inner_lr = LearnedRates(inner, positive_lr, [block.parameters() for block in blocks])
         elif positive_lr is not None:
             raise ValueError(f"positive_lr is {positive_lr!r}; it takes learn_lr beside it")
+        self.graph_number = graph.number_of(self)
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
 
@@ -165,6 +159,8 @@ class FOMAML(nn.Module):
                 )
             weights = tuple(values)
         self._step_weights = weights
+        # On the CPU, and in a graph as values that it does not take for constants.
+        self.step_weight_values = None if weights is None else torch.tensor(weights, dtype=torch.float64)
 
     def forward(
         self,
@@ -205,41 +201,53 @@ class FOMAML(nn.Module):
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}")
-        support = self._support(support_x, support_y, support_weight)
-        tasks, shots = support.x.shape[0], support.x.shape[-2]
-        query = self._query(tasks, query_x, query_y, query_weight, task_weight)
-        queries = 0 if query is None else query.x.shape[1]
-        counts = self._counts(tasks, shots, queries, support_counts, query_counts, step_counts)
-        if self.backend == "reference":
-            return self._reference_loss(support, query, task_weight, counts, reduction)
-        parts = self._parts(support, query, counts)
-        self.__dict__["skipped"] = None  # past nn.Module, which would look among parameters and modules first
-        if reduction == "none" or self._asks(query, task_weight):
-            skips = self.problem.nonfinite == "skip" and reduction != "none"
-            losses = task_losses(parts, self._parameters_flat, tasks, self._like, skips=skips)
-            return self._reduce(losses, task_weight, reduction)
-        loss, self.__dict__["skipped"] = fused_loss(
-            parts, self._parameters_flat, task_weight, tasks, reduction, compiled=self.compiled
+        given = Given(
+            support_x,
+            support_y,
+            query_x,
+            query_y,
+            support_weight,
+            query_weight,
+            task_weight,
+            support_counts,
+            query_counts,
+            step_counts,
         )
-        return loss
+        if torch.compiler.is_compiling():
+            if (obstacle := graph.obstacle(self, given)) is not None:
+                found: Tensor = OUTSIDE[obstacle](self._loss, given, reduction)
+                return found
+            loss, self.skipped = graph.loss(self, given, reduction)
+            return loss
+        return self._loss(given, reduction)
 
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
     ) -> Tensor:
         """Outputs [T, Q, out] of the adapted networks, differentiable to first order: bring your own outer loss."""
-        support = self._support(support_x, support_y, support_weight)
-        check_query_features(self.problem, self._like, support.x.shape[0], query_x)
-        return self._predict(self._plan(support, query_x.shape[1]), support, query_x)
+        given = Given(support_x, support_y, query_x, support_weight=support_weight)
+        if torch.compiler.is_compiling():
+            if (obstacle := graph.obstacle(self, given)) is not None:
+                found: Tensor = OUTSIDE[obstacle](self._predict, given)
+                return found
+            return graph.predict(self, given)
+        return self._predict(given)
 
     def adapt(
         self, support_x: Tensor, support_y: Tensor, *, support_weight: Tensor | None = None
     ) -> AdaptedMLP | ReferenceAdapted:
         """The adapted networks, to be called on any number of query samples."""
-        support = self._support(support_x, support_y, support_weight)
-        plan = self._plan(support, support.x.shape[-2])
+        if torch.compiler.is_compiling():
+            adapted: AdaptedMLP | ReferenceAdapted = OUTSIDE["objects"](
+                self.adapt, support_x, support_y, support_weight=support_weight
+            )
+            return adapted
+        call = self._call()
+        support = call.support(Given(support_x, support_y, support_weight=support_weight))
+        plan = call.plan(support, support.x.shape[-2])
         if plan.engine == "reference":
             return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
-        snapshot = tuple(None if p is None else p.detach().clone() for p in self._parameters_flat())
+        snapshot = tuple(None if p is None else p.detach().clone() for p in call.flat)
         tasks = AdaptedTasks(plan, support.clone(), snapshot, keep=True)
         return AdaptedMLP(self.model, self._names(), tasks, self._parameters_flat)
 
@@ -261,17 +269,29 @@ class FOMAML(nn.Module):
         Arguments as of a call; query sets may be left out whatever the outer rule. Runs as batched torch ops, and for a
         log beside the training loop: `log(meta.losses(...).scalars())`.
         """
-        support = self._support(support_x, support_y, support_weight)
-        tasks, queries = support.x.shape[0], 0 if query_x is None else query_x.shape[1]
-        if (query_x is None) != (query_y is None):
-            raise TypeError(f"query_{'x' if query_x is None else 'y'} is NoneType; it takes both of them or none")
-        query = None
-        if query_x is not None and query_y is not None:
-            query = check_query(self.problem, self._like, tasks, query_x, query_y, query_weight)
-        counts = self._counts(tasks, support.x.shape[-2], queries, support_counts, query_counts, step_counts)
-        parts = self._parts(support, query, counts)
+        if torch.compiler.is_compiling():
+            inside: InnerLosses = OUTSIDE["objects"](
+                self.losses,
+                support_x,
+                support_y,
+                query_x,
+                query_y,
+                support_weight=support_weight,
+                query_weight=query_weight,
+                support_counts=support_counts,
+                query_counts=query_counts,
+                step_counts=step_counts,
+            )
+            return inside
+        given = Given(support_x, support_y, query_x, query_y, support_weight, query_weight)
+        call = self._call()
+        batch = call.check(
+            given._replace(support_counts=support_counts, query_counts=query_counts, step_counts=step_counts),
+            measured=True,
+        )
+        parts = call.parts(batch)
         found = [
-            inner_losses(in_torch(part.plan), part.support, part.query, self._parameters_flat(part.plan.problem))
+            inner_losses(in_torch(part.plan), part.support, part.query, call.parameters(part.plan.problem))
             for part in parts
         ]
         if parts[0].tasks is None:
@@ -314,6 +334,10 @@ class FOMAML(nn.Module):
             options["lr"] = self.inner_lr.for_reference(part_names(self.model, self._blocks))
         return options
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.graph_number = graph.number_of(self)  # a copy is another module
+
     def extra_repr(self) -> str:
         return f"{self.problem}, backend={self.backend!r}"
 
@@ -321,90 +345,23 @@ class FOMAML(nn.Module):
     def _like(self) -> Tensor:
         return self._blocks[0].linear.weight
 
-    def _support(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Support:
-        return check_support(self.problem, self._like, x, y, weight)
+    def _call(self) -> Call:
+        """What calls compute with, as the module is now."""
+        precision = self._precision(self._like.device)
+        return Call(self.problem, self._parameters_flat(), self.backend, precision, self.step_weights, self.compiled)
 
-    def _query(
-        self, tasks: int, x: Tensor | None, y: Tensor | None, weight: Tensor | None, task_weight: Tensor | None
-    ) -> Query | None:
-        if self.problem.outer == "reptile":
-            for name, value in (("query_x", x), ("query_y", y), ("query_weight", weight)):
-                if value is not None:
-                    raise ValueError(f"{name} is given; outer 'reptile' takes no query set")
-            check_task_weight(task_weight, tasks, self._like)
-            return None
-        if x is None or y is None:
-            raise TypeError(f"query_{'x' if x is None else 'y'} is NoneType; outer 'fomaml' takes query sets")
-        query = check_query(self.problem, self._like, tasks, x, y, weight, task_weight)
-        return query if self._step_weights is None else replace(query, step_weights=self._step_weights)
+    def _loss(self, given: Given, reduction: str) -> Tensor:
+        call = self._call()
+        batch = call.check(given)
+        skipped = self.__dict__  # past nn.Module, which would look among parameters and modules first
+        skipped["skipped"] = None
+        if self.backend == "reference":
+            return self._reference_loss(batch, reduction)
+        loss, skipped["skipped"] = call.loss(batch, reduction)
+        return loss
 
-    def _counts(
-        self,
-        tasks: int,
-        shots: int,
-        queries: int,
-        support_counts: Counts | None,
-        query_counts: Counts | None,
-        step_counts: Counts | None,
-    ) -> TaskCounts | None:
-        if support_counts is None and query_counts is None and step_counts is None:
-            return None
-        if query_counts is not None and not queries:
-            raise ValueError("query_counts is given; there is no query set")
-        mixes = self.problem.network.mixes_samples  # a BatchNorm takes more than one sample
-        least = 0 if not self.problem.inner.steps else 2 if mixes else 1
-        return TaskCounts(
-            read_counts("support_counts", support_counts, tasks, shots, least),
-            read_counts("query_counts", query_counts, tasks, queries, 2 if mixes else 0),
-            read_counts("step_counts", step_counts, tasks, self.problem.inner.steps, 0),
-        )
-
-    def _parts(self, support: Support, query: Query | None, counts: TaskCounts | None) -> list[Part]:
-        """The batch as it is computed: whole, or by groups of tasks that are alike."""
-        if counts is None or not support.x.shape[0]:
-            queries = 0 if query is None else query.x.shape[1]
-            return [Part(None, self._plan(support, queries), support, query)]
-        sizes, steps = self._sizes(support, 0), self.problem.inner.steps
-        planned = plan_groups(self.problem, sizes, counts, self.backend, self._precision(sizes.device), self.compiled)
-        return [
-            Part(
-                group.tasks,
-                plan,
-                support_of(group, support, counts),
-                None if query is None else query_of(group, query, counts, steps),
-                factor_of(group, self.step_weights),
-            )
-            for group, plan in planned
-        ]
-
-    def _asks(self, query: Query | None, task_weight: Tensor | None) -> bool:
-        """Whether more may ask for a gradient than the parameters and query features, for which the fused loss has it.
-
-        A callable's own parameters may, for one.
-        """
-        asked = (task_weight, *(() if query is None else (query.y, query.weight)))
-        if any(t is not None and t.requires_grad for t in asked):
-            return True
-        return query is not None and self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
-
-    def _reduce(self, losses: Tensor, task_weight: Tensor | None, reduction: str) -> Tensor:
-        if self.problem.nonfinite == "skip" and reduction != "none":
-            keep = losses.isfinite()
-            weight = torch.ones_like(losses) if task_weight is None else task_weight.to(losses.dtype)
-            self.skipped = torch.where(keep, 0.0, weight).sum().detach()
-            total = (torch.where(keep, losses, 0.0) * weight).sum()
-            left = torch.where(keep, weight, 0.0).sum()
-            return (total if reduction == "sum" else mean_of_left(total, left)).to(self._like.dtype)
-        return reference.reduce_tasks(losses, task_weight, reduction).to(self._like.dtype)
-
-    def _reference_loss(
-        self,
-        support: Support,
-        query: Query | None,
-        task_weight: Tensor | None,
-        counts: TaskCounts | None,
-        reduction: str,
-    ) -> Tensor:
+    def _reference_loss(self, batch: Batch, reduction: str) -> Tensor:
+        support, query, task_weight, counts = batch
         problem = self.problem
         return reference.meta_loss(
             self.model,
@@ -426,26 +383,25 @@ class FOMAML(nn.Module):
             reduction=reduction,
         )
 
-    def _sizes(self, support: Support, queries: int) -> Sizes:
-        shape, each_step = support.x.shape, support.each_step
-        return Sizes(shape[0], shape[-2], queries, support.x.dtype, support.x.device, each_step)
-
-    def _plan(self, support: Support, queries: int) -> Plan:
-        sizes = self._sizes(support, queries)
-        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device), compiled=self.compiled)
-
-    def _precision(self, device: torch.device) -> str:
+    def graph_precision(self, device: torch.device) -> str | None:
+        """One of `PRECISIONS`; None for what torch is set to, which a graph leaves to when it runs."""
         if self.precision is not None:
             return self.precision
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(torch.get_autocast_dtype(device.type), "highest")
-        return torch.get_float32_matmul_precision()
+        return None
 
-    def _predict(self, plan: Plan, support: Support, query_x: Tensor) -> Tensor:
-        if plan.engine == "reference":
-            return reference.run_tasks(self.model, self._reference_weights(support), query_x)
-        parameters = self._parameters_flat(plan.problem)
-        return predict(AdaptedTasks(plan, support, parameters, keep=plan.keeps_state), query_x, parameters)
+    def _precision(self, device: torch.device) -> str:
+        return self.graph_precision(device) or torch.get_float32_matmul_precision()
+
+    def _predict(self, given: Given) -> Tensor:
+        call = self._call()
+        if self.backend != "reference":
+            return call.predict(given)
+        support = call.support(given)
+        assert given.query_x is not None
+        query_x = check_query_features(self.problem, self._like, support.x.shape[0], given.query_x)
+        return reference.run_tasks(self.model, self._reference_weights(support), query_x)
 
     def _reference_weights(self, support: Support) -> list[dict[str, Tensor]]:
         options, weight = self.reference_options(), support.weight
@@ -456,25 +412,22 @@ class FOMAML(nn.Module):
             for t in range(support.x.shape[0])
         ]
 
-    def _parameters_flat(self, problem: Problem | None = None) -> FlatParameters:
-        """As engines list them; problem: with fewer inner steps than this module's, for a group of tasks."""
+    def _parameters_flat(self) -> FlatParameters:
+        """As engines list them."""
+        self.check_layers()
+        flat = self.listed()
+        check_parameters(flat[: len(PARTS) * self.problem.network.depth])
+        return flat
+
+    def check_layers(self) -> None:
+        """Raises a RuntimeError where the model is not made of the modules that it was made of."""
         if any(tuple(module._modules.values()) != children for module, children in self._read):
             raise RuntimeError("model has other layers than when FOMAML read it; make a new FOMAML around it")
+
+    def listed(self) -> FlatParameters:
+        """The parameters and learned rates, as engines list them."""
         flat = [p for block in self._blocks for p in block.listed()]
-        dtype, device = self._like.dtype, self._like.device
-        for p in flat:
-            if p is not None and (p.dtype != dtype or p.device != device):
-                raise ValueError(
-                    f"model has parameters of {dtype} on {device} and of {p.dtype} on {p.device}; "
-                    "all take the same dtype and device"
-                )
-        if self.problem.inner.learn_lr is None:
-            return flat
-        rates = self.inner_lr.listed()
-        if problem is not None and self.problem.inner.learns_each_step:
-            assert rates[0] is not None
-            rates = [rates[0][: problem.inner.steps]]
-        return [*flat, *rates]
+        return flat if self.problem.inner.learn_lr is None else [*flat, *self.inner_lr.listed()]
 
     def _names(self) -> list[str | None]:
         """The parameters' names in the model, as engines list them."""

@@ -112,23 +112,27 @@ def _task_losses(part: Part, parameters: FlatParameters, skips: bool) -> Tensor:
     plan, support, query = part.plan, part.support, part.query
     if query is None:
         return half_squared_distances(in_torch(plan), support, parameters)
-    outer_loss, dtype = plan.problem.outer_loss, compute_dtype(query.x.dtype)
-    y, weight = cast_targets(query.y, dtype), query.weight
+    dtype = compute_dtype(query.x.dtype)
     if query.step_weights is None:
         # In the engine of torch ops alone a task without a cotangent is left out, whatever it holds.
         plan = in_torch(plan) if skips else plan
         tasks = AdaptedTasks(plan, support, parameters, keep=plan.keeps_state)
-        outputs = predict(tasks, query.x, parameters).to(dtype)
-        loss = task_loss(outer_loss, y, weight, outputs.shape[2], dtype)
-        return _sound(loss.values, outputs) if skips else loss.values(outputs)
+        return losses_of_outputs(plan.problem, query, predict(tasks, query.x, parameters).to(dtype), skips)
     counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}
     outputs = predict_steps(in_torch(plan), support, query.x, list(counted), parameters).to(dtype)
-    loss = task_loss(outer_loss, y, weight, outputs.shape[3], dtype)
+    loss = task_loss(plan.problem.outer_loss, cast_targets(query.y, dtype), query.weight, outputs.shape[3], dtype)
 
     def values(outputs: Tensor) -> Tensor:
         return torch.stack([w * loss.values(own) for w, own in zip(counted.values(), outputs, strict=True)]).sum(0)
 
     return _sound(values, outputs) if skips else values(outputs)
+
+
+def losses_of_outputs(problem: Problem, query: Query, outputs: Tensor, skips: bool) -> Tensor:
+    """The loss of each task [T] of outputs [T, Q, out], as differentiable as these; skips: as of `task_losses`."""
+    y = cast_targets(query.y, outputs.dtype)
+    loss = task_loss(problem.outer_loss, y, query.weight, outputs.shape[2], outputs.dtype)
+    return _sound(loss.values, outputs) if skips else loss.values(outputs)
 
 
 def _sound(values: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:

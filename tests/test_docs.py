@@ -27,7 +27,7 @@ def test_the_readme_runs_as_it_stands() -> None:
     assert float(space["loss"].detach()) > 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("page", ["docs/index.md", "docs/rules.md", "docs/fields.md"])
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/rules.md", "docs/fields.md", "docs/pytorch.md"])
 def test_every_block_of_a_page_runs_as_it_stands(page: str) -> None:
     space: dict[str, object] = {}
     for i, block in enumerate(blocks(page)):

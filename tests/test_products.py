@@ -10,7 +10,9 @@ from fomaml_fused.engines import products
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("tasks", [(), (3,)], ids=["shared", "own"])
-@pytest.mark.parametrize("sides", [(1, 6, 7), (6, 1, 7), (6, 7, 1), (5, 3, 2), (6, 4, 9), (2, 7, 8), (5, 6, 7)], ids=str)
+@pytest.mark.parametrize(
+    "sides", [(1, 6, 7), (6, 1, 7), (6, 7, 1), (5, 3, 2), (6, 4, 9), (2, 7, 8), (5, 6, 7)], ids=str
+)
 def test_products(
     sides: tuple[int, int, int], tasks: tuple[int, ...], compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

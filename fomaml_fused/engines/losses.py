@@ -69,6 +69,10 @@ def _loss_of(
     """
     values = partial(_values, loss, targets, shares, samples)
     if loss.name == "callable":
+        if _inferring():
+            with torch.inference_mode(mode=False):  # copies that autograd takes
+                targets, shares = targets.clone(), None if shares is None else shares.clone()
+            values = partial(_values, loss, targets, shares, samples)
         return TaskLoss(partial(_autograd_gradient, values), values)
     averaged = samples if loss.takes_classes else samples * out_features
     # dL/dz = scale * residual(z): a number when all samples count alike, else a factor per sample [T, N, 1].
@@ -150,7 +154,18 @@ def _by_class(outputs: Tensor) -> bool:
 
 
 def _autograd_gradient(values: Callable[[Tensor], Tensor], outputs: Tensor, cotangents: float | Tensor) -> Tensor:
+    if _inferring():
+        with torch.inference_mode(mode=False):
+            return _autograd_gradient(values, outputs.clone(), cotangents)
+    if torch.compiler.is_compiling():  # which takes this and not that
+        found: Tensor = torch.func.grad(lambda z: values(z).sum())(outputs)
+        return found * cotangents
     with torch.enable_grad():
         point = outputs.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(values(point).sum(), point)
     return gradient * cotangents
+
+
+def _inferring() -> bool:
+    """Whether this is inference mode, where torch has no autograd; of which a graph in the making knows nothing."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()

@@ -40,12 +40,17 @@ class DigitsConfig(RunConfig):
 
 
 def run(config: DigitsConfig, out: Path, *, resume: bool = False) -> str:
-    """Train, write checkpoint, learning curve and results to `out`, and give the table as text."""
+    """Train, write checkpoint, learning curve and results to `out`, and give the table as text.
+
+    Of several processes the first does.
+    """
     meta, outer = prepare(config)
     untrained = copy.deepcopy(meta.model)
     if resume:
         outer.resume(out / "checkpoint.pt")
     outer.run(config.iterations, out / "checkpoint.pt")
+    if not outer.ranks.first:
+        return ""
     test = held_out(config)
 
     def from_scratch(*rates: float) -> dict[str, tuple[float, float]]:

@@ -19,6 +19,7 @@ from ..tasks import Crops, TaskBatch, photographs
 from ..text import after_steps, table
 from .files import save_figure, save_json
 from .loop import Outer, draw_curve
+from .ranks import Ranks
 from .rules import RunConfig, option, seeded
 
 TRAINED = ("astronaut", "hubble_deep_field", "immunohistochemistry", "retina", "rocket", "stereo_motorcycle")
@@ -60,7 +61,10 @@ class ImagesConfig(RunConfig):
 
 
 def run(config: ImagesConfig, out: Path, *, resume: bool = False) -> str:
-    """Train by each outer rule, write checkpoints, figures and results to `out`, and give the table as text."""
+    """Train by each outer rule, write checkpoints, figures and results to `out`, and give the table as text.
+
+    Of several processes the first does.
+    """
     runs = [(own, *prepare(own), out / f"checkpoint_{own.outer}.pt") for own in config.each_rule()]
     for i, (_, _, outer, checkpoint) in enumerate(runs):
         if not resume:
@@ -69,7 +73,8 @@ def run(config: ImagesConfig, out: Path, *, resume: bool = False) -> str:
             outer.resume(checkpoint)
     for own, _, outer, checkpoint in runs:
         outer.run(config.iterations, checkpoint, f"meta-training, {NAMES[own.outer]}")
-
+    if not Ranks.current().first:
+        return ""
     untrained, test = network(config), held_out(config)
     found = {_standard_label(): reconstructed(standard(config, untrained), test)}
     found |= {_label(own): reconstructed(learned(own, meta), test) for own, meta, *_ in runs}

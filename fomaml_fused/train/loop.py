@@ -1,4 +1,7 @@
-"""The outer loop of every run: a progress bar, exact resumption from checkpoints, and a Ctrl-C that saves first."""
+"""The outer loop of every run: a progress bar, exact resumption from checkpoints, and a Ctrl-C that saves first.
+
+Several processes that share a run go in step; the first of them shows the bar and writes the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from ..module import FOMAML
 from .files import load_checkpoint, save_checkpoint
+from .ranks import Ranks
 
 WINDOW = 100  # iterations whose losses are averaged into one point of the learning curve
 CHECKPOINT_EVERY = 5000  # iterations
@@ -37,6 +41,8 @@ class Outer:
         config: the options that a resumed run has to share.
         validate: the error of the model as it stands on tasks of its own; None for no choice among iterations.
         anneal: let the outer learning rate fall to zero along a half cosine; else it stays.
+        ranks: the processes that share the run; `loss` then is of this one's share.
+        tasks: that this process computes of each batch.
         curve: mean loss of each `WINDOW` iterations, filled while training.
         skipped: diverged tasks that were left out of the loss, counted while training.
     """
@@ -48,6 +54,8 @@ class Outer:
     config: dict[str, Any]
     validate: Callable[[], float] | None = None
     anneal: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    tasks: int = 1
     iteration: int = 0
     skipped: int = 0
     curve: list[float] = field(default_factory=list)
@@ -70,21 +78,27 @@ class Outer:
         with (
             _asked_to_stop() as asked,
             tqdm(
-                total=iterations, initial=done, desc=title, unit="it", mininterval=pause, disable=title is None
+                total=iterations,
+                initial=done,
+                desc=title,
+                unit="it",
+                mininterval=pause,
+                disable=title is None or not self.ranks.first,
             ) as bar,
         ):
             while self.iteration < iterations:
                 if self.anneal:
                     self._set_rate(0.5 * (1.0 + math.cos(math.pi * self.iteration / iterations)))
                 self._step()
+                stop = self.ranks.agree(asked())
                 bar.update()
                 if not self.pending:
                     bar.set_postfix(loss=f"{self.curve[-1]:.4f}", refresh=False)
                 if self.iteration % CHECKPOINT_EVERY == 0 or self.iteration == iterations:
                     self._keep_if_best()
-                if checkpoint is not None and (asked() or self.iteration % CHECKPOINT_EVERY == 0):
+                if checkpoint is not None and (stop or self.iteration % CHECKPOINT_EVERY == 0):
                     self.save(checkpoint)
-                if asked():
+                if stop:
                     raise InterruptedRunError
         if checkpoint is not None:
             self.save(checkpoint)
@@ -107,17 +121,22 @@ class Outer:
         loss = self.loss()
         self.optimizer.zero_grad()
         loss.backward()
+        skipped = self.model.skipped if isinstance(self.model, FOMAML) else None
+        left_out = 0.0 if skipped is None else float(skipped)
+        if self.ranks.world > 1:
+            loss, left_out = self.ranks.average(self.model.parameters(), loss, self.tasks - left_out, left_out)
         self.optimizer.step()
         self.iteration += 1
         self.pending.append(loss.item())
-        if isinstance(self.model, FOMAML) and self.model.skipped is not None:
-            self.skipped += int(self.model.skipped)
+        self.skipped += int(left_out)
         if len(self.pending) == WINDOW:
             self.curve.append(sum(self.pending) / WINDOW)
             self.pending.clear()
 
     def save(self, path: Path) -> None:
-        """Write everything that the rest of the run depends on."""
+        """Write everything that the rest of the run depends on; the first process does."""
+        if not self.ranks.first:
+            return
         save_checkpoint(
             path,
             {

@@ -16,6 +16,7 @@ from ..problem import NONFINITE, OUTER_RULES
 from ..rates import CONSTRAINTS
 from ..tasks import Crops, FewShot, Sinusoids, TaskBatch
 from .loop import Outer
+from .ranks import Ranks
 
 STEP_WEIGHTS = ("uniform", "annealed")
 ANNEALED = 0.5  # the part of a run over which annealed step weights become the last step's alone
@@ -91,11 +92,14 @@ class Rules:
                     own.copy_(rates if finest == "element" else rates[rows])
         return found
 
-    def loss(self, meta: FOMAML, batch: TaskBatch, generator: torch.Generator, progress: float) -> Tensor:
-        """What the outer loop descends, on a batch of tasks, when `progress` of the run (0 to 1) is through."""
+    def loss(
+        self, meta: FOMAML, batch: TaskBatch, generator: torch.Generator, progress: float, share: slice = slice(None)
+    ) -> Tensor:
+        """What the outer loop descends on a share of a batch, when `progress` of the run (0 to 1) is through."""
         if self.step_weights is not None:
             meta.step_weights = self.weights_of_steps(progress)
-        value: Tensor = meta(*(self.for_reptile(batch, generator) if self.outer == "reptile" else batch))
+        tensors = self.for_reptile(batch, generator) if self.outer == "reptile" else batch
+        value: Tensor = meta(*(t[share] for t in tensors))
         return value
 
     def for_reptile(self, batch: TaskBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -128,14 +132,18 @@ class RunConfig(Rules):
 
     def outer_loop(self, meta: FOMAML, sampler: Sinusoids | FewShot | Crops, **more: Any) -> Outer:
         """The outer loop of `meta` on tasks of the sampler; more: of `Outer`."""
+        ranks = Ranks.current()
+        share = ranks.share(self.tasks)
         outer = Outer(
             model=meta,
             loss=lambda: self.loss(
-                meta, sampler.sample(self.tasks), sampler.generator, outer.iteration / self.iterations
+                meta, sampler.sample(self.tasks), sampler.generator, outer.iteration / self.iterations, share
             ),
             optimizer=torch.optim.Adam(meta.parameters(), lr=self.outer_lr, fused=True),
             generators=[sampler.generator],
             config=asdict(self),
+            ranks=ranks,
+            tasks=share.stop - share.start,
             **more,
         )
         return outer

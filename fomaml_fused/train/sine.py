@@ -47,11 +47,16 @@ class SineConfig(RunConfig):
 
 
 def run(config: SineConfig, out: Path, *, resume: bool = False) -> str:
-    """Train, write checkpoint, figures and results to `out`, and give the table as text."""
+    """Train, write checkpoint, figures and results to `out`, and give the table as text.
+
+    Of several processes the first does.
+    """
     meta, outer = prepare(config)
     if resume:
         outer.resume(out / "checkpoint.pt")
     outer.run(config.iterations, out / "checkpoint.pt")
+    if not outer.ranks.first:
+        return ""
     pretrained = _pretrain(config)
 
     def trained(steps: int) -> list[FOMAML]:
