@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .engines import fold_step
-from .engines.products import THIN
+from .engines.products import is_thin
 from .problem import Layer
 
 
@@ -126,7 +126,7 @@ class Shape:
     def product(self, matrices: int, m: int, k: float, n: float, passes: int = 1, count: int = 1) -> Operation:
         """`matrices` products [m, k] x [k, n], `count` times; `passes` over the result, 2 where it is added to."""
         traffic = matrices * self.itemsize * (m * k + k * n + passes * m * n)
-        fused = self.fuses and min(m, k, n) <= THIN
+        fused = self.fuses and is_thin(m, k, n)
         separate = matrices if matrices > 1 and not fused else 0
         return Operation(0 if fused else count, count * separate, count * 2.0 * matrices * m * k * n, count * traffic)
 
