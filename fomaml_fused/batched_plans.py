@@ -35,11 +35,11 @@ LEAST_ROWS = 64
 
 
 def batched_plans(
-    problem: Problem, sizes: Sizes, told: Override, reason: str, compiled: bool = False
+    problem: Problem, sizes: Sizes, told: Override, reason: str, compiled: bool, explained: bool
 ) -> dict[str, Plan | str]:
     """The plan of batched torch ops, and what it would be with every layer in one form.
 
-    compiled: whether they run through `torch.compile`.
+    compiled: whether they run through `torch.compile`.  explained: whether the others are wanted.
 
     Raises:
         ValueError: it is told to take the samples of a task in blocks, and cannot.
@@ -52,7 +52,7 @@ def batched_plans(
         told = replace(told, forms=forms, rows=told.rows if why is None else None)
     device = GPU if sizes.device.type != "cpu" else COMPILED if compiled else CPU
     found: dict[str, Plan | str] = {"batched": _fastest(problem, sizes, device, told, reason)}
-    for form in FORMS:
+    for form in FORMS if explained else ():
         forms = (form,) * problem.network.depth
         moving = range(problem.inner.first_adapted, problem.network.depth)
         why = next((w for i in moving if (w := form_obstacle(problem, i, form)) and problem.inner.adapt[i]), None)

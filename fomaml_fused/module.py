@@ -320,7 +320,8 @@ class FOMAML(nn.Module):
             self._like.dtype if dtype is None else dtype,
             self._like.device if device is None else torch.device(device),
         )
-        return make_plan(self.problem, sizes, self.backend, self._precision(sizes.device), compiled=self.compiled)
+        precision = self._precision(sizes.device)
+        return make_plan(self.problem, sizes, self.backend, precision, compiled=self.compiled, explained=True)
 
     def adapted_names(self) -> list[str]:
         """The names of the parameters that move in the inner loop."""

@@ -20,13 +20,20 @@ PRECISIONS = ("highest", "high", "medium", "ieee", "tf32x3", "tf32", "bf16", "fp
 
 
 def make_plan(
-    problem: Problem, sizes: Sizes, backend: str = "auto", precision: str = "highest", *, compiled: bool = False
+    problem: Problem,
+    sizes: Sizes,
+    backend: str = "auto",
+    precision: str = "highest",
+    *,
+    compiled: bool = False,
+    explained: bool = False,
 ) -> Plan:
     """Plan a batch of tasks. Deterministic: the same arguments and overrides give the same plan.
 
     Args:
         backend: one of `BACKENDS`.  precision: one of `PRECISIONS`, of a kernel's products.
         compiled: whether batched torch ops run through `torch.compile`.
+        explained: whether to plan every layer in one form as well, for comparison alone; a call can do without.
 
     Raises:
         ValueError: an unknown backend or precision, or overriding forms that the problem does not take.
@@ -35,14 +42,16 @@ def make_plan(
     Warns:
         UserWarning: backend "triton" where no kernel takes the problem; the plan says why, and what runs instead.
     """
-    plan = _make_plan(problem, sizes, backend, precision, compiled, overriding())
+    plan = _make_plan(problem, sizes, backend, precision, compiled, explained, overriding())
     if backend == "triton" and plan.engine == "batched" and overriding().engine is None:
         warnings.warn(f"backend 'triton' runs the batched engine instead: {plan.reason}", stacklevel=2)
     return plan
 
 
 @lru_cache(maxsize=1024)
-def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, compiled: bool, told: Override) -> Plan:
+def _make_plan(
+    problem: Problem, sizes: Sizes, backend: str, precision: str, compiled: bool, explained: bool, told: Override
+) -> Plan:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
@@ -75,7 +84,7 @@ def _make_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, com
         whys = [f"{name}: {why}" for name, why in plans.items() if isinstance(why, str)]
         taken = len(whys) < len(plans)
         reason = "by the cost model the fastest" if taken else f"for no kernel takes this ({'; '.join(whys)})"
-    plans |= batched_plans(problem, sizes, told, f"batched torch ops, {reason}", compiled)
+    plans |= batched_plans(problem, sizes, told, f"batched torch ops, {reason}", compiled, explained)
     chosen = _choose(plans, backend, told)
     others = [(name, other) for name, other in plans.items() if other is not chosen]
     # A plan in which every layer has the same form is not one that it was chosen over.
