@@ -1,6 +1,8 @@
 # Every target sets up what it needs in .venv, from the pins of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# What the emulator of GPUs is told to be.
+ARCHS ?= 80 90
 
 .PHONY: help demo test test-virtual-gpu test-triton-versions lint docs peers bench gpu clean
 
@@ -14,7 +16,7 @@ test: .venv/dev lint ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 test-virtual-gpu: .venv/dev ## kernel tests on an emulator of GPUs: VIRTUAL_GPU=folder of its pytest plugin `virtual_gpu`
-	for arch in 80 90; do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
+	for arch in $(ARCHS); do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
 		$(BIN)/python -m pytest -n 2 -p virtual_gpu --kernels=driver tests/test_resident.py tests/test_dual.py tests/test_primal.py tests/test_counted.py || exit; done
 
 test-triton-versions: .venv/dev .venv/triton-3.6.0 .venv/triton-newest ## kernel tests under the oldest, pinned and newest Triton

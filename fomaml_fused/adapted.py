@@ -12,7 +12,6 @@ from . import reference
 from .autograd import AdaptedTasks, predict
 from .batch import check_query_features
 from .engines import FlatParameters
-from .outside import OUTSIDE
 from .problem import Problem
 
 
@@ -40,6 +39,8 @@ class AdaptedMLP:
     def __call__(self, query_x: Tensor) -> Tensor:
         """Outputs [T, Q, out] for query features [T, Q, in]."""
         if torch.compiler.is_compiling():
+            from .outside import OUTSIDE  # which imports torch's compiler
+
             outputs: Tensor = OUTSIDE["objects"](self, query_x)
             return outputs
         query_x = check_query_features(self._tasks.plan.problem, self._like, len(self), query_x)

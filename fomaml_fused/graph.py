@@ -4,6 +4,8 @@ So Dynamo traces neither checks nor planner nor engines, and inside of a graph e
 outside. An op takes tensors, the parameters among them, what may change from call to call, and the number of the module
 whose problem it is. Of a loss that is reduced the outer gradient is taken on the way forward, as it is eagerly; the
 backward of what is not reduced adapts the tasks again.
+
+Imported where a graph is made: ops that Dynamo does not look into take torch's compiler, seconds to import.
 """
 
 from __future__ import annotations
@@ -11,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .batch import Query, check_parameters, compute_dtype
 from .calls import Call, Given, reduced
 from .engines import FlatParameters, Gradients
 from .inner import PARTS
+from .numbered import module_of
 from .parts import losses_of_outputs
 from .problem import Problem
 
@@ -44,17 +45,6 @@ class Module(Protocol):
 
     def check_layers(self) -> None:
         """Raises where the model is not made of what it was made of."""
-
-
-_modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_numbers = count()
-
-
-def number_of(module: Any) -> int:
-    """A number of its own for a module, by which ops find it as long as it lives."""
-    number = next(_numbers)
-    _modules[number] = module
-    return number
 
 
 def obstacle(module: Module, given: Given) -> str | None:
@@ -170,7 +160,7 @@ def _call(arguments: Sequence[Any], needed: Sequence[bool] | None = None) -> tup
     *own, x, y, weight, task_weight = [None if t is None else _leaf(t, a) for t, a in zip(asking, asked, strict=True)]
     parameters = [p for p in own if p is not None]
     values = values._replace(parameters=parameters, query_x=x, query_y=y, query_weight=weight, task_weight=task_weight)
-    module = _modules[number]
+    module = module_of(number)
     module.check_layers()
     problem: Problem = module.problem
     listed = iter(parameters)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import graph, reference
+from . import reference
 from .adapted import AdaptedMLP, ReferenceAdapted
 from .autograd import AdaptedTasks
 from .batch import Sizes, Support, check_parameters, check_query_features
@@ -18,7 +18,7 @@ from .engines import FlatParameters
 from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
-from .outside import OUTSIDE
+from .numbered import number_of
 from .parts import in_torch, places
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
@@ -136,7 +136,7 @@ class FOMAML(nn.Module):
             self.inner_lr = LearnedRates(inner, positive_lr, [block.parameters() for block in blocks])
         elif positive_lr is not None:
             raise ValueError(f"positive_lr is {positive_lr!r}; it takes learn_lr beside it")
-        self.graph_number = graph.number_of(self)
+        self.graph_number = number_of(self)
         self.register_state_dict_post_hook(_to_plain_names)
         self.register_load_state_dict_pre_hook(_from_plain_names)
 
@@ -214,7 +214,11 @@ class FOMAML(nn.Module):
             step_counts,
         )
         if torch.compiler.is_compiling():
+            from . import graph  # which imports torch's compiler
+
             if (obstacle := graph.obstacle(self, given)) is not None:
+                from .outside import OUTSIDE
+
                 found: Tensor = OUTSIDE[obstacle](self._loss, given, reduction)
                 return found
             loss, self.skipped = graph.loss(self, given, reduction)
@@ -227,7 +231,11 @@ class FOMAML(nn.Module):
         """Outputs [T, Q, out] of the adapted networks, differentiable to first order: bring your own outer loss."""
         given = Given(support_x, support_y, query_x, support_weight=support_weight)
         if torch.compiler.is_compiling():
+            from . import graph  # which imports torch's compiler
+
             if (obstacle := graph.obstacle(self, given)) is not None:
+                from .outside import OUTSIDE
+
                 found: Tensor = OUTSIDE[obstacle](self._predict, given)
                 return found
             return graph.predict(self, given)
@@ -238,6 +246,8 @@ class FOMAML(nn.Module):
     ) -> AdaptedMLP | ReferenceAdapted:
         """The adapted networks, to be called on any number of query samples."""
         if torch.compiler.is_compiling():
+            from .outside import OUTSIDE  # which imports torch's compiler, as `graph` does
+
             adapted: AdaptedMLP | ReferenceAdapted = OUTSIDE["objects"](
                 self.adapt, support_x, support_y, support_weight=support_weight
             )
@@ -270,6 +280,8 @@ class FOMAML(nn.Module):
         log beside the training loop: `log(meta.losses(...).scalars())`.
         """
         if torch.compiler.is_compiling():
+            from .outside import OUTSIDE
+
             inside: InnerLosses = OUTSIDE["objects"](
                 self.losses,
                 support_x,
@@ -337,7 +349,7 @@ class FOMAML(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.graph_number = graph.number_of(self)  # a copy is another module
+        self.graph_number = number_of(self)  # a copy is another module
 
     def extra_repr(self) -> str:
         return f"{self.problem}, backend={self.backend!r}"
