@@ -88,6 +88,7 @@ class Curve:
     Attributes:
         xs, ys: points; those of y that are not positive are not drawn.
         kinds: of each point, which gives its marker; an empty one for a dot.
+        hollow: the markers that are drawn as outlines.
     """
 
     label: str
@@ -95,6 +96,7 @@ class Curve:
     xs: Sequence[float]
     ys: Sequence[float]
     kinds: Sequence[str]
+    hollow: Sequence[bool]
     bold: bool = False
 
 
@@ -110,8 +112,8 @@ class Panel:
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
-def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Panels side by side, two in a row; the kinds of points have markers that all panels share."""
+def draw_panels(path: Path, panels: Sequence[Panel], title: str, legend: str) -> None:
+    """Panels side by side, two in a row; the kinds of points have markers that all panels share, under a legend."""
     kinds = list(dict.fromkeys(k for panel in panels for curve in panel.curves for k in curve.kinds if k))
     marker = {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(kinds)}
 
@@ -119,13 +121,15 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
         grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False).flat
         for axes, panel in zip(grid, panels, strict=False):
             for curve in panel.curves:
-                points = [p for p in zip(curve.xs, curve.ys, curve.kinds, strict=True) if p[1] > 0]
-                xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+                rows = zip(curve.xs, curve.ys, curve.kinds, curve.hollow, strict=True)
+                points = [row for row in rows if row[1] > 0]
+                xs, ys = [row[0] for row in points], [row[1] for row in points]
                 weight, order = (2.2, 3) if curve.bold else (1.2, 2)
                 axes.plot(xs, ys, color=curve.colour, linewidth=weight, label=curve.label, zorder=order)
-                for x, y, kind in points:
+                for x, y, kind, hollow in points:
                     shape, size = (marker[kind], 34) if kind else ("o", 8)
-                    axes.scatter([x], [y], marker=shape, s=size, color=curve.colour, zorder=order + 1)
+                    face = "white" if hollow else curve.colour
+                    axes.scatter([x], [y], marker=shape, s=size, c=face, edgecolors=curve.colour, zorder=order + 1)
             axes.set(xscale="log", yscale="log", xlabel=panel.x, ylabel=panel.y)
             axes.grid(alpha=0.3)
             if panel.curves:
@@ -137,7 +141,14 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
         if marker:
             handles = figure.axes[0].get_legend_handles_labels()
             chosen = [(h, label) for h, label in zip(*handles, strict=True) if label in marker]
-            figure.legend(*zip(*chosen, strict=True), loc="outside lower center", ncols=len(chosen), fontsize=8)
+            figure.legend(
+                *zip(*chosen, strict=True),
+                loc="outside lower center",
+                ncols=3,
+                fontsize=8,
+                title=legend,
+                title_fontsize=8,
+            )
         figure.suptitle(title, fontsize=10, x=0.01, ha="left")
 
     rows = math.ceil(len(panels) / 2)

@@ -1,6 +1,6 @@
 """Turns what benchmarks stored into Markdown tables, plots and the pages that quote them.
 
-python -m bench.report [RUN.json] [--save bench/results/NAME.json] [--figures docs] [--write README.md docs/benchmarks.md]
+python -m bench.report [RUN.json] [--save bench/results/NAME.json] [--figures docs] [--write README.md ...]
 
 RUN.json is what `pytest --benchmark-json` wrote, or the small summary of it that --save keeps. The pages show the
 summary beside what `bench.scale` and `bench.profile_steps` stored; --figures draws the former two.

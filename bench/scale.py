@@ -39,6 +39,7 @@ CURVES = {
     "ours, all dual": Curve("dual"),
     "vmap(grad)": Curve(peer=True),
 }
+LEGEND = "forms that the planner chose, layer by layer; hollow where not all tasks run at a time"
 # What stands for a decade, with the base's own size on it.
 AXES: dict[str, tuple[int, ...]] = {
     "tasks": (1, 3, 10, 32, 100, 316, 1000, 3162, 10_000, 31_623, 100_000),
@@ -60,7 +61,7 @@ class Limits:
         rounds: at least and at most, whatever the budget, of a step that takes less than `slow` seconds; else one.
     """
 
-    patience: float = 6.0
+    patience: float = 8.0
     memory: float = 4e9
     budget: float = 1.0
     rounds: tuple[int, int] = (3, 30)
@@ -208,9 +209,14 @@ def choice(point: dict[str, Any]) -> str:
 
 
 def kind(point: dict[str, Any]) -> str:
-    """What the planner chose, short enough for a legend."""
-    forms = {form.partition(":")[0] if ":" not in form else "folded" for form in point["forms"]}
-    return f"all {forms.pop()}" if len(forms) == 1 else " and ".join(sorted(forms))
+    """The forms that the planner chose, short enough for a legend."""
+    return ", ".join("folded" if ":" in form else form for form in point["forms"])
+
+
+def in_parts(axis: str, point: dict[str, Any]) -> bool:
+    """Whether the planner lets fewer than all tasks or samples run at a time."""
+    tasks: int = at(axis, point["x"]).tasks
+    return point["chunk"] < tasks or point["rows"] is not None
 
 
 def draw(folder: Path, found: dict[str, Any]) -> None:
@@ -224,15 +230,16 @@ def draw(folder: Path, found: dict[str, Any]) -> None:
         for name, curve in found["axes"][axis].items():
             power_ = "" if curve[slope] is None else f", ~{axis}^{curve[slope]:.2f}"
             points = curve["points"]
-            kinds = [f"planner: {kind(point)}" if name == "ours" else "" for point in points]
+            kinds = [kind(point) if name == "ours" else "" for point in points]
+            parts = [name == "ours" and in_parts(axis, point) for point in points]
             xs, ys = [point["x"] for point in points], [value(point) for point in points]
-            lines.append(Line(name + power_, colour[name], xs, ys, kinds, bold=name == "ours"))
+            lines.append(Line(name + power_, colour[name], xs, ys, kinds, parts, bold=name == "ours"))
         return Panel(axis, y, lines)
 
     panels = [panel(axis, "ms", lambda point: 1e3 * point["seconds"]["median"], "time_slope") for axis in found["axes"]]
-    draw_panels(folder / "scale.png", panels, f"One meta-step about the base problem; {device}")
+    draw_panels(folder / "scale.png", panels, f"One meta-step about the base problem; {device}", LEGEND)
     memory = panel("tasks", "MB above model and data", lambda point: point["peak_bytes"] / 1e6, "memory_slope")
-    draw_panels(folder / "scale-memory.png", [memory], f"Peak memory of one meta-step; {device}")
+    draw_panels(folder / "scale-memory.png", [memory], f"Peak memory of one meta-step; {device}", LEGEND)
 
 
 def main() -> None:
