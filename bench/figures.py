@@ -13,7 +13,7 @@ from fomaml_fused.train.files import save_figure
 
 HIGHLIGHTED = ("#c1121f", "#f48c06")
 # Of peers: cool and pale, so that ours stand out.
-PALE = ("#7d8597", "#8ecae6", "#4f86a6", "#a3b18a", "#6d6875", "#b8a9c9", "#84a98c", "#adb5bd")
+PALE = ("#7d8597", "#8ecae6", "#588157", "#b5838d", "#6d6875", "#4f86a6", "#d4b483", "#adb5bd")
 
 
 def colours(names: Sequence[str], highlighted: Sequence[str]) -> dict[str, str]:

@@ -174,7 +174,7 @@ def render_slopes(found: dict[str, Any]) -> str:
 
 
 def _power(axis: str, slope: float | None) -> str:
-    return "–" if slope is None else f"{axis}^{slope:.2f}"
+    return "–" if slope is None else f"{axis}^{round(slope, 2) + 0.0:.2f}"  # no negative zero
 
 
 def render(found: dict[str, Any]) -> str:
@@ -228,7 +228,7 @@ def draw(folder: Path, found: dict[str, Any]) -> None:
     def panel(axis: str, y: str, value: Any, slope: str) -> Panel:
         lines = []
         for name, curve in found["axes"][axis].items():
-            power_ = "" if curve[slope] is None else f", ~{axis}^{curve[slope]:.2f}"
+            power_ = "" if curve[slope] is None else f", ~{_power(axis, curve[slope])}"
             points = curve["points"]
             kinds = [kind(point) if name == "ours" else "" for point in points]
             parts = [name == "ours" and in_parts(axis, point) for point in points]
