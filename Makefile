@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What the emulator of GPUs is told to be.
 ARCHS ?= 80 90
 
-.PHONY: help demo test test-virtual-gpu test-triton-versions lint docs peers bench gpu clean
+.PHONY: help demo test test-virtual-gpu test-triton-versions lint docs peers bench bench-scale gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -34,9 +34,13 @@ docs: .venv/docs ## render docs/ and the reference from docstrings to build/docs
 
 peers: .venv/peers ## install the libraries that `make bench` compares with: learn2learn, higher, TorchOpt, JAX
 
-bench: .venv/dev ## time the workloads against those peers that are installed and print the table
-	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json
-	$(BIN)/python -m bench.report bench/results/latest.json
+bench: .venv/dev ## time the workloads against those peers that are installed, about ten minutes; table, and a plot in build/bench
+	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json; passed=$$?; \
+		$(BIN)/python -m bench.report bench/results/latest.json --figures build/bench && exit $$passed
+
+bench-scale: .venv/dev ## how time and memory grow over tasks, shots, width and steps, and where a step's time goes; about ten minutes
+	$(BIN)/python -m bench.scale --save build/bench/scale.json --figures build/bench
+	$(BIN)/python -m bench.profile_steps --save build/bench/profile.json
 
 gpu: ## test and time the kernels on this machine's GPU, with its own Python and no download; results go to OUT
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .

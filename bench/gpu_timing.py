@@ -42,7 +42,7 @@ from .gpu_clock import (
     worst,
 )
 from .peers import PEERS, Result, Step, _batched, oracle, ours
-from .report import quartiles
+from .summaries import quartiles
 from .workloads import WORKLOADS, Workload
 
 PRECISIONS = ("highest", "high", "medium")

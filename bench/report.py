@@ -1,27 +1,43 @@
-"""Turns stored benchmark runs into one Markdown table, and into the small file that the docs quote.
+"""Turns what benchmarks stored into Markdown tables, plots and the pages that quote them.
 
-python -m bench.report RUN.json [--save bench/results/NAME.json]
+python -m bench.report [RUN.json] [--save bench/results/NAME.json] [--figures docs] [--write README.md ...]
+
+RUN.json is what `pytest --benchmark-json` wrote, or the small summary of it that --save keeps. The pages show the
+summary beside what `bench.scale` and `bench.profile_steps` stored; --figures draws the former two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fomaml_fused.train.files import save_json
 
+from . import profile_steps, scale
+from .figures import draw_bars
+from .pages import places, put
+from .summaries import quartiles, ratio
+
+RESULTS = Path(__file__).parent / "results"
+STORED = RESULTS / "cpu-2-cores.json"
+OURS, COMPILED = "ours", "ours, compiled"
+
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """Medians and quartiles in seconds by workload and contender, who was not timed and why, peak memory, versions.
 
+    A workload on which ours disagreed with the oracle has no times, and stands under "incorrect" with the disagreement.
+
     Args:
-        run: what `pytest --benchmark-json` wrote. A workload whose gradient of ours was wrong is not in it: its test
-            failed before anything was timed.
+        run: what `pytest --benchmark-json` wrote, or what this function made of it.
     """
+    if "benchmarks" not in run:
+        return run
     workloads: dict[str, Any] = {}
+    incorrect: dict[str, str] = {}
     absent: dict[str, dict[str, dict[str, str]]] = {"failed": {}, "skipped": {}}
     versions: dict[str, str] = {}
     memory: dict[str, Any] = {}
@@ -32,7 +48,11 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         if "memory" in extra:
             memory[case["group"].removeprefix("memory: ")] = extra["memory"]
             continue
-        found = {"ours": quartiles(case["stats"]["data"])}
+        if "incorrect" in extra:
+            incorrect[case["group"]] = f"its loss or gradient differs by {extra['incorrect']:.1e} of the oracle's"
+            workloads[case["group"]] = {}
+            continue
+        found = {OURS: quartiles(case["stats"]["data"])}
         found |= {name: quartiles(times) for name, times in extra["others"].items()}
         workloads[case["group"]] = found
         versions |= extra["versions"]
@@ -43,9 +63,41 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "environment": environment,
         "versions": versions,
         "seconds": workloads,
+        "incorrect": incorrect,
         "memory_bytes": memory,
         **absent,
     }
+
+
+def contenders(summary: dict[str, Any]) -> list[str]:
+    """Who was timed on any workload, ours first."""
+    found = dict.fromkeys(name for times in summary["seconds"].values() for name in times)
+    return sorted(found, key=lambda name: (OURS, COMPILED).index(name) if name in (OURS, COMPILED) else 2)
+
+
+def medians(summary: dict[str, Any], workload: str) -> dict[str, float]:
+    """Seconds by contender."""
+    return {name: times["median"] for name, times in summary["seconds"][workload].items()}
+
+
+def ratios(found: dict[str, float]) -> tuple[str, str, str]:
+    """How many times ours the best peer took, ours compiled, and vmap took ours."""
+    best = min((seconds for name, seconds in found.items() if name not in (OURS, COMPILED)), default=None)
+    ours = found.get(OURS)
+    return ratio(best, ours), ratio(best, found.get(COMPILED)), ratio(found.get("vmap(grad)"), ours)
+
+
+def absences(summary: dict[str, Any]) -> list[str]:
+    """What is not in the table and why, a sentence for each contender and reason."""
+    lines = [
+        f"Ours on {workload}: no time and no ratio, for {why}."
+        for workload, why in summary.get("incorrect", {}).items()
+    ]
+    for name, reasons in summary.get("failed", {}).items():
+        lines += [f"{name} on {workload}, not timed: {reason}." for workload, reason in reasons.items()]
+    for name, reasons in summary.get("skipped", {}).items():
+        lines += [f"{name}: {', '.join(dict.fromkeys(reasons.values()))}."]
+    return lines
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -57,25 +109,17 @@ def render(summary: dict[str, Any]) -> str:
         "",
     ]
     if summary["seconds"]:
-        columns = list(dict.fromkeys(name for found in summary["seconds"].values() for name in found))
+        columns = contenders(summary)
         lines.append(f"| workload | {' | '.join(columns)} | best peer / ours | best peer / compiled | vmap / ours |")
         lines.append("|---" * (len(columns) + 4) + "|")
-        for workload, found in summary["seconds"].items():
-            medians = {name: times["median"] for name, times in found.items()}
-            best = min((median for name, median in medians.items() if not name.startswith("ours")), default=None)
-            ratios = (
-                ratio(best, medians["ours"]),
-                ratio(best, medians["ours, compiled"]),
-                ratio(medians.get("vmap(grad)"), medians["ours"]),
-            )
-            cells = [f"{1e3 * medians[name]:.3g}" if name in medians else "–" for name in columns]
-            lines.append(f"| {workload} | {' | '.join([*cells, *ratios])} |")
+        for workload in summary["seconds"]:
+            found = medians(summary, workload)
+            cells = [f"{1e3 * found[name]:.3g}" if name in found else "–" for name in columns]
+            lines.append(f"| {workload} | {' | '.join([*cells, *ratios(found)])} |")
     if summary.get("versions"):
         lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}."]
-    for name, reasons in summary.get("failed", {}).items():
-        lines += ["", *(f"{name} on {workload}, not timed: {reason}." for workload, reason in reasons.items())]
-    for name, reasons in summary.get("skipped", {}).items():
-        lines += ["", f"{name}: {', '.join(dict.fromkeys(reasons.values()))}."]
+    for line in absences(summary):
+        lines += ["", line]
     for name, found in summary["memory_bytes"].items():
         lines += [
             "",
@@ -86,28 +130,70 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ratio(of: float | None, to: float) -> str:
-    """With one decimal, where there is one."""
-    return "–" if of is None else f"{of / to:.1f}"
+# By the name of a place in the pages: where its content is stored, and what shows it.
+PLACES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "workloads": (STORED, render),
+    "scale": (scale.STORED, scale.render),
+    "slopes": (scale.STORED, scale.render_slopes),
+    "profile": (profile_steps.STORED, profile_steps.render),
+    "first call": (profile_steps.STORED, profile_steps.render_first_calls),
+}
 
 
-def quartiles(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(seconds) == 1:
-        return {"median": seconds[0], "q1": seconds[0], "q3": seconds[0], "rounds": 1}
-    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3, "rounds": len(seconds)}
+def written(page: str) -> str:
+    """A page with what is stored in each of its places.
+
+    Raises:
+        ValueError: the page has none, or one of an unknown name.
+        FileNotFoundError: there is no run to show.
+    """
+    names = places(page)
+    if not names or not {*names} <= {*PLACES}:
+        raise ValueError(f"the page has places for {', '.join(names) or 'nothing'}; known are {', '.join(PLACES)}")
+    for name in names:
+        stored, shown = PLACES[name]
+        if not stored.exists():
+            raise FileNotFoundError(f"nothing to put in place of {name!r}: there is no {stored}")
+        page = put(page, name, shown(json.loads(stored.read_text())))
+    return page
+
+
+def draw(path: Path, summary: dict[str, Any]) -> None:
+    """The bars of every workload, with the best peer's ratio to ours below its name and the absent below all."""
+    where, seconds = summary["environment"], summary["seconds"]
+    beneath = {workload: ratios(medians(summary, workload))[0] for workload in seconds}
+    draw_bars(
+        path,
+        seconds,
+        contenders(summary),
+        (OURS, COMPILED),
+        beneath={name: "no ratio" if best == "–" else f"best peer / ours: {best}" for name, best in beneath.items()},
+        title=f"{where['device']}, {where['threads']} threads, torch {where['torch']}; medians and quartiles",
+        notes=absences(summary),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="what pytest --benchmark-json wrote")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", type=Path, nargs="?", default=STORED, help=f"a run or its summary; else bench/results/{STORED.name}"
+    )
     parser.add_argument("--save", type=Path, help="keep the summary as JSON")
+    parser.add_argument(
+        "--figures", type=Path, help="a folder for benchmarks.png and the plots of the stored scale run"
+    )
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to put what is stored into")
     options = parser.parse_args()
     summary = summarize(json.loads(options.run.read_text()))
     if options.save:
         save_json(options.save, summary)
     print(render(summary))
+    if options.figures:
+        draw(options.figures / "benchmarks.png", summary)
+        if scale.STORED.exists():
+            scale.draw(options.figures, json.loads(scale.STORED.read_text()))
+    for page in options.write or ():
+        page.write_text(written(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from fomaml_fused.batch import Sizes
 from fomaml_fused.batched_plans import form_obstacle
 from fomaml_fused.plans import KERNEL_ENGINES, Override
 
-START, END = "<!-- table: rules -->", "<!-- end of table -->"
+from .pages import put
+
+PLACE = "rules"
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,7 @@ def written(page: str) -> str:
     Raises:
         ValueError: it has no such place.
     """
-    if START not in page:
-        raise ValueError(f"the page has no line {START}")
-    before, _, rest = page.partition(START)
-    after = rest.partition(END)[2] if END in rest else rest
-    return f"{before}{START}\n\n{table()}\n\n{END}{after}"
+    return put(page, PLACE, table())
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from .contenders import ENTRANTS, TOLERANCE, WARM_UP, InProcess, Race, in_proces
 from .peers import disagreement, oracle, ours
 from .workloads import TIMED, WORKLOADS
 
-SECONDS = 40.0  # for the rounds of a workload
+SECONDS = 30.0  # for the rounds of a workload
 COMPILED = "ours, compiled"
 
 
@@ -30,16 +30,21 @@ def test_meta_step(name: str, benchmark: Any) -> None:
     workload = WORKLOADS[name]
     model, batch = workload.model(), workload.batch()
 
-    few = workload.batch(tasks=min(workload.tasks, 8))
-    assert disagreement(ours(workload, model, few)(), oracle(workload, model, few)) < TOLERANCE
-
+    benchmark.group = name
     step = ours(workload, model, batch)
+    few = workload.batch(tasks=min(workload.tasks, 8))
+    error = disagreement(ours(workload, model, few)(), oracle(workload, model, few))
+    if error > TOLERANCE:
+        # One round, without which nothing is kept: the report is to know of it, and takes no time from it.
+        benchmark.extra_info.update(incorrect=error, **environment())
+        benchmark.pedantic(step, rounds=1)
+        pytest.fail(f"our loss or gradient differs by {error:.1e} of the oracle's")
+
     with closing(Race(workload, model, batch, step())) as race:
         for peer, entrant in ENTRANTS.items():
             race.enter(peer, entrant)
         # Behind the peers, one of which forgets what was compiled before it.
         race.enter(COMPILED, in_process(partial(ours, compile=True), compiles=True))
-        assert COMPILED not in race.failed, race.failed[COMPILED]
         own = InProcess(step)
         took = own.timed(WARM_UP)
         a_round = sum(race.turns()) + max(WARM_UP, took) + took
@@ -48,10 +53,9 @@ def test_meta_step(name: str, benchmark: Any) -> None:
             race.run()
             own.warm_up(WARM_UP)
 
-        benchmark.group = name
         rounds = max(5, min(200, int(SECONDS / a_round)))
         benchmark.extra_info.update(  # before the run: it is read then
-            others={COMPILED: race.times[COMPILED]} | race.times,
+            others=race.times,
             versions=race.versions,
             failed=race.failed,
             skipped=race.skipped,
