@@ -40,7 +40,7 @@ def is_thin(m: int, k: float, n: float) -> bool:
 
 
 def _left_as_sums(a: Tensor, b: Tensor) -> bool:
-    return torch.compiler.is_compiling() and is_thin(*a.shape[-2:], b.shape[-1])
+    return torch.compiler.is_compiling() and is_thin(a.shape[-2], a.shape[-1], b.shape[-1])
 
 
 def _as_sums(a: Tensor, b: Tensor) -> Tensor:
