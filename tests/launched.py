@@ -6,6 +6,8 @@ python -m tests.launched    # in a process that does not interpret kernels
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -121,6 +123,20 @@ def described(launch: Launch) -> dict[str, Any]:
     return {"kernel": f"{module}.{launch.kernel}", "types": types, "facts": facts}
 
 
+def telling(launches: Iterable[Launch]) -> Iterator[Launch]:
+    """Those with an argument given or left out, or a choice of the kernel's, that no earlier one of its kernel has."""
+    seen: set[tuple[str, str, str]] = set()
+    for launch in launches:
+        spec = launch.constant("SPEC")
+        choices = {} if spec is None else {f.name: str(getattr(spec, f.name)) for f in fields(spec)}
+        types = described(launch)["types"]
+        choices |= {name.partition("[")[0]: kind for name, kind in types.items() if name.startswith("p_")}
+        own = {(launch.kernel, name, choice) for name, choice in choices.items()}
+        if not own <= seen:
+            yield launch
+        seen |= own
+
+
 def main() -> None:
     launched = {}
     for target in DEVICES:
@@ -138,7 +154,7 @@ def main() -> None:
         different = {launch.key: launch for launch in launches}.values()
         launched[target] = [described(launch) for launch in different]
         if target == COMPILED:
-            for launch in {launch.key: launch for launch in launches[least:]}.values():
+            for launch in telling({launch.key: launch for launch in launches[least:]}.values()):
                 launch.compile()
     print(json.dumps(launched))
 

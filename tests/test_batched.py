@@ -142,7 +142,9 @@ def test_samples_in_blocks(options: dict[str, object], rows: int) -> None:
 
 
 def test_blocks_compile_to_one_graph() -> None:
-    case = Case(widths=(3, 5), activation="sine", loss="cross_entropy", steps=1, shots=5, queries=3, weighted=True)
+    # With a sine, whose frequency rides on its product.
+    widths = (3, 6, 5)
+    case = Case(widths=widths, activation="sine", loss="cross_entropy", steps=1, shots=5, queries=3, weighted=True)
     reference, meta = (
         case.meta(case.model(torch.float64), "reference"),
         case.meta(case.model(torch.float64), "torch", compile=True),

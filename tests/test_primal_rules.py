@@ -18,6 +18,7 @@ from .with_rules import (
     check_adapted_tasks,
     check_diverged_tasks_are_left_out,
     check_without_tasks_or_queries,
+    in_turn,
     ruled,
     solution,
 )
@@ -29,7 +30,8 @@ from fomaml_fused.kernels.configuration import PrimalConfig
 __all__ = ["watched"]
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
 
-ENGINES = pytest.mark.parametrize("engine", ["chained", "primal"])
+NAMES = ("chained", "primal")
+ENGINES = pytest.mark.parametrize("engine", NAMES)
 WHOLE = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
 DECOUPLED = {"weight_decay": 0.3, "decoupled_weight_decay": True}
 ADAM = {"optimizer": "adam", "weight_decay": 0.1, "lr": 0.05}
@@ -68,8 +70,7 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-@ENGINES
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(("engine", "rule"), in_turn(NAMES, RULES), ids=str)
 def test_every_rule(engine: str, rule: dict[str, Any]) -> None:
     """In tiles smaller than layers and sets, with samples under way in two parts."""
     sizes = {"widths": (9, 20, 5, 3), "tasks": 2, "shots": 17, "queries": 5, "steps": 3}
@@ -99,15 +100,17 @@ def test_every_rule_in_sixteen_bits(engine: str, rule: dict[str, Any]) -> None:
                 assert relative_error(value, exact[name]) < 3e-2
 
 
-@ENGINES
 @pytest.mark.parametrize(
-    "rule",
-    [
-        {},
-        {"weighted": True, "reduction": "sum"},
-        {"step_weights": (0.5, 0.25, 0.25, 0.0), "learn_lr": "element"},
-        {"outer": "reptile", "weight_decay": 0.1},
-    ],
+    ("engine", "rule"),
+    in_turn(
+        NAMES,
+        [
+            {},
+            {"weighted": True, "reduction": "sum"},
+            {"step_weights": (0.5, 0.25, 0.25, 0.0), "learn_lr": "element"},
+            {"outer": "reptile", "weight_decay": 0.1},
+        ],
+    ),
     ids=str,
 )
 def test_diverged_tasks_are_left_out(engine: str, rule: dict[str, Any]) -> None:
@@ -116,17 +119,19 @@ def test_diverged_tasks_are_left_out(engine: str, rule: dict[str, Any]) -> None:
         check_diverged_tasks_are_left_out(case)
 
 
-@ENGINES
 @pytest.mark.parametrize(
-    "rule",
-    [
-        WHOLE,
-        {**ADAM, "adapt": [0, 2], "bias": False},
-        {"outer": "reptile", "momentum": 0.9},
-        {"step_weights": (0.5, 0.2, 0.3), "learn_lr": "element"},
-        {"max_grad_norm": 0.3, "weight_decay": 0.1, "learn_lr": "layer"},
-        {"each_step": True, "learn_lr": "layer", "momentum": 0.9, "adapt": [1, 2]},
-    ],
+    ("engine", "rule"),
+    in_turn(
+        NAMES,
+        [
+            WHOLE,
+            {**ADAM, "adapt": [0, 2], "bias": False},
+            {"outer": "reptile", "momentum": 0.9},
+            {"step_weights": (0.5, 0.2, 0.3), "learn_lr": "element"},
+            {"max_grad_norm": 0.3, "weight_decay": 0.1, "learn_lr": "layer"},
+            {"each_step": True, "learn_lr": "layer", "momentum": 0.9, "adapt": [1, 2]},
+        ],
+    ),
     ids=str,
 )
 def test_adapted_tasks(engine: str, rule: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ from torch import Tensor
 import fomaml_fused as ff
 
 from .cases import Case, Solution, assert_no_worse_than_twice, cases, relative_error
+
+
+def in_turn(engines: Sequence[str], rules: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each rule with one of the engines: they share what rules change, and rules drawn together run on all."""
+    return [(engines[i % len(engines)], rule) for i, rule in enumerate(rules)]
 
 
 def rated_apart(solution: Solution) -> Solution:

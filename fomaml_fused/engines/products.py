@@ -21,8 +21,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def plus_product(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """Beta * c + alpha * a @ b; c broadcasts."""
     if _left_as_sums(a, b) or (torch.compiler.is_compiling() and c.shape[:-1].numel() < a.shape[:-1].numel()):
-        # A bias: its sum belongs to the activation behind it, not to the product.
-        return torch.add(c if beta == 1.0 else beta * c, product(a, b), alpha=alpha)
+        # A bias: its sum belongs to the activation behind it, not to the product. The factor is no `alpha` of the sum,
+        # which Inductor loses where it makes an addmm of both.
+        found = product(a, b)
+        return (c if beta == 1.0 else beta * c) + (found if alpha == 1.0 else alpha * found)
     added = torch.addmm if a.dim() == 2 else torch.baddbmm
     return added(c, a, b, beta=beta, alpha=alpha)
 
