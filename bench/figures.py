@@ -38,7 +38,7 @@ def draw_bars(
     Args:
         seconds: median, q1 and q3 by group and name.
         names: of the bars of a group, in their order.
-        beneath: a second line below the name of each group.
+        beneath: what stands below the name of each group.
         notes: sentences below the plot.
     """
 

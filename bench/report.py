@@ -167,7 +167,7 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
         seconds,
         contenders(summary),
         (OURS, COMPILED),
-        beneath={name: "no ratio" if best == "–" else f"best peer / ours: {best}" for name, best in beneath.items()},
+        beneath={name: "no ratio" if best == "–" else f"best peer / ours\n{best}" for name, best in beneath.items()},
         title=f"{where['device']}, {where['threads']} threads, torch {where['torch']}; medians and quartiles",
         notes=absences(summary),
     )

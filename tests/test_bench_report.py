@@ -102,9 +102,9 @@ def test_the_bars_show_medians_and_name_who_is_absent(tmp_path: Path, monkeypatc
     assert heights == {"ours": [20, 20], "ours, compiled": [10], "vmap(grad)": [200, 100]}
     assert axes.get_yscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [
-        "right\nbest peer / ours: 10.0",
+        "right\nbest peer / ours\n10.0",
         "wrong\nno ratio",
-        "uncompiled\nbest peer / ours: 5.0",
+        "uncompiled\nbest peer / ours\n5.0",
     ]
     beneath = figure.get_supxlabel()
     for words in ("wrong: no time", "uncompiled, not timed: DisagreementError", "higher: not here"):
