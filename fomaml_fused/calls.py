@@ -185,7 +185,12 @@ class Call:
         asked = (batch.task_weight, *(() if query is None else (query.y, query.weight)))
         if any(t is not None and t.requires_grad for t in asked):
             return True
-        return query is not None and self.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
+        return callable_may_ask(self.problem, query is not None)
+
+
+def callable_may_ask(problem: Problem, queried: bool) -> bool:
+    """Whether what an outer loss closes over may ask for a gradient; queried: whether there are query targets."""
+    return queried and problem.outer_loss.name == "callable" and torch.is_grad_enabled()
 
 
 def reduced(

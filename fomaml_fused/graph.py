@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .autograd import NO_SECOND_DERIVATIVE, once_differentiable
 from .batch import Query, check_parameters, compute_dtype
-from .calls import Call, Given, reduced
+from .calls import Call, Given, callable_may_ask, reduced
 from .engines import FlatParameters, Gradients
 from .inner import PARTS
 from .numbered import module_of
@@ -51,7 +51,8 @@ def obstacle(module: Module, given: Given) -> str | None:
     """Why a call cannot be one op, by its name in `OUTSIDE`; None where it can."""
     if module.backend == "reference":
         return "reference"
-    if _asks_callable(module, given):
+    if callable_may_ask(module.problem, given.query_y is not None):
+        # The graph has to see such a loss.
         counts = given.support_counts, given.query_counts, given.step_counts
         if module.problem.multi_step or any(c is not None for c in counts):
             return "callable"
@@ -62,7 +63,7 @@ def loss(module: Module, given: Given, reduction: str) -> tuple[Tensor, Tensor |
     """The loss, and where diverged tasks are skipped, their weight."""
     problem, values = module.problem, Values.of(module, given)
     skips = problem.nonfinite == "skip" and reduction != "none"
-    if _asks_callable(module, given):
+    if callable_may_ask(problem, given.query_y is not None):
         assert given.query_x is not None
         assert given.query_y is not None
         # In the engine of torch ops alone a task without a cotangent is left out, whatever it holds.
@@ -98,11 +99,6 @@ def _how(module: Module, backend: str, x: Tensor) -> tuple[int, str, str | None,
     compiled = module.compiled and module.problem.loss.name != "callable"
     # Autocast is a matter of the graph: when it runs there is none.
     return module.graph_number, backend, module.graph_precision(x.device), compiled
-
-
-def _asks_callable(module: Module, given: Given) -> bool:
-    """Whether what an outer loss closes over may ask for a gradient, so that the graph has to see it."""
-    return given.query_y is not None and module.problem.outer_loss.name == "callable" and torch.is_grad_enabled()
 
 
 class Values(NamedTuple):

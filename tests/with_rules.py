@@ -95,8 +95,19 @@ def check_adapted_tasks(case: Case) -> None:
     assert_no_worse_than_twice(found, own, predicted(case, "reference", torch.float64))
 
 
-def check_diverged_tasks_are_left_out(case: Case) -> None:
+def diverging(learn_lr: str) -> list[dict[str, Any]]:
+    """Rules for `check_diverged_tasks_are_left_out`; learn_lr: rates that the engines learn."""
+    return [
+        {},
+        {"weighted": True, "reduction": "sum"},
+        {"step_weights": (0.5, 0.25, 0.25, 0.0), "learn_lr": learn_lr},
+        {"outer": "reptile", "weight_decay": 0.1},
+    ]
+
+
+def check_diverged_tasks_are_left_out(rule: dict[str, Any]) -> None:
     """Of six tasks two diverge; what is left is what a batch without them gives."""
+    case = Case(**{"tasks": 6, "activation": "relu", "steps": 4, "lr": 1.0, "nonfinite": "skip", **rule})
     meta = case.meta(case.model(torch.float32), "triton")
     batch = {name: t.detach() for name, t in case.batch(torch.float32).items()}
     batch["support_y"][[1, 4]] = 1e30
