@@ -132,6 +132,8 @@ class _MetaLoss(torch.autograd.Function):
         outer: Gradients = [None] * len(parameters)
         # Dynamo asks for the gradients of what it is given, which those computed from others have not.
         parameters = tuple(p if p is None or p.is_leaf else p.detach() for p in parameters)
+        if compiled and query is not None:
+            query = compiled_engine.annealed(query)
         with without_autocast(support.x):
             for tasks in slices(plan):
                 part = share if isinstance(share, float) else share[tasks]

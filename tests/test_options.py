@@ -251,7 +251,10 @@ def test_counts_of_a_batch_norm_are_never_padded() -> None:
     assert [group.tasks for group, _ in planned] == [(0, 2), (1,)]
 
 
-@pytest.mark.parametrize("options", [{"learn_lr": "layer_step"}, {"step_weights": (0.5, 0.5)}, {"optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"learn_lr": "layer_step"}, {"step_weights": (0.0, 0.5)}, {"step_weights": (0.5, 0.5)}, {"optimizer": "adam"}],
+)
 def test_rules_compile_to_one_graph(options: dict[str, Any]) -> None:
     case = Case(widths=(3, 17, 5), tasks=3, **options)
     batch = case.batch(torch.float32)

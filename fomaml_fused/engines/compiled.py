@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from types import FunctionType
@@ -29,14 +30,20 @@ def step(
 ) -> Outcome:
     """As `batched.step`; the first call of each plan, with each set of arguments that are left out, compiles it."""
     sets = [support.x, support.y, support.weight, *(() if query is None else (query.x, query.y, query.weight))]
-    # Numbers are compiled in, so weights that are annealed would be compiled anew each time.
-    weights = [] if query is None or query.step_weights is None else query.step_weights
-    steps = [torch.full((), w, device=support.x.device) if w else None for w in weights]
+    steps = () if query is None or query.step_weights is None else query.step_weights
     arguments = (share, *sets, *steps, *parameters)
     layout = tuple(_TENSOR if isinstance(a, Tensor) else a for a in arguments)
     run = _compiled(plan, needed, layout, len(sets), len(steps))
     found: Outcome = run(*[a for a in arguments if isinstance(a, Tensor)])
     return found
+
+
+def annealed(query: Query) -> Query:
+    """The query sets of a call, for `step`: numbers are compiled in, so weights that are annealed become tensors."""
+    if query.step_weights is None:
+        return query
+    weights = tuple(w and torch.full((), w, device=query.x.device) for w in query.step_weights)
+    return replace(query, step_weights=weights)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
