@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +45,9 @@ def meta_loss(
     Returns:
         The sum; and where diverged tasks are skipped, the shares of the others, summed.
     """
-    wanted, query_x = torch.is_grad_enabled(), None if query is None else query.x
-    found: tuple[Tensor, Tensor | None] = _MetaLoss.apply(
-        plan, support, query, share, wanted, compiled, query_x, *parameters
-    )
+    job = _Job(plan, support, query, share, parameters, compiled, torch.is_grad_enabled())
+    present = [p for p in parameters if p is not None]
+    found: tuple[Tensor, Tensor | None] = _MetaLoss.apply(job, None if query is None else query.x, *present)
     return found
 
 
@@ -110,23 +109,31 @@ class AdaptedTasks:
             return self.engine.adapt(self.plan, self.parameters, self.support.tasks(tasks))
 
 
+class _Job(NamedTuple):
+    """The arguments of `meta_loss`, in one that autograd does not look into."""
+
+    plan: Plan
+    support: Support
+    query: Query | None
+    share: float | Tensor
+    parameters: FlatParameters
+    compiled: bool
+    wanted: bool  # whether gradients are, where the loss is asked for
+
+
 class _MetaLoss(torch.autograd.Function):
+    """Of the query features and the parameters that there are, for which a job says the rest."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: Plan,
-        support: Support,
-        query: Query | None,
-        share: float | Tensor,
-        wanted: bool,
-        compiled: bool,
-        query_x: Tensor | None,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        needed = tuple(wanted and needed for needed in ctx.needs_input_grad[6:])  # query features, parameters
+    def forward(ctx: Any, job: _Job, query_x: Tensor | None, *present: Tensor) -> tuple[Tensor, Tensor | None]:
+        plan, support, query, share, parameters, compiled, wanted = job
+        _, features_needed, *rest = ctx.needs_input_grad
+        needs = iter(rest)
+        needed = (features_needed, *(p is not None and next(needs) for p in parameters)) if wanted else ()
+        needed = needed or (False,) * (1 + len(parameters))
         compiled = compiled and plan.engine == "batched"  # kernels are compiled already
         step = partial(compiled_engine.step if compiled else _engine(plan).step, plan, needed)
-        if plan.engine == "batched" and support.x.device.type == "cpu":
+        if plan.engine in ("batched", "native") and support.x.device.type == "cpu":
             batched.keep_freed_memory()
         values, features, counts = [], [], []
         outer: Gradients = [None] * len(parameters)
@@ -144,10 +151,11 @@ class _MetaLoss(torch.autograd.Function):
                 _add(outer, gradients)
                 if kept is not None:
                     counts.append(kept)
-        ctx.dtypes = [t.dtype if t is not None else None for t in (query_x, *parameters)]
-        ctx.inputs, ctx.compute_dtype = (query_x, *parameters), compute_dtype(support.x.dtype)
+        ctx.inputs, ctx.compute_dtype = (query_x, *present), compute_dtype(support.x.dtype)
+        ctx.dtypes = [t.dtype if t is not None else None for t in ctx.inputs]
         dx = None if query_x is None else _whole(features, query_x, needed[0])
-        ctx.save_for_backward(dx, *_zeros_for_none(outer, parameters, needed[1:]))
+        outer = _zeros_for_none(outer, parameters, needed[1:])
+        ctx.save_for_backward(dx, *(g for g, p in zip(outer, parameters, strict=True) if p is not None))
         if not values:
             return support.x.new_zeros((), dtype=ctx.compute_dtype), None
         kept = _total(counts) if counts else None
@@ -157,14 +165,17 @@ class _MetaLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Any, ...]:
-        return (*[None] * 6, *_differentiable_once(_MetaLoss._gradients, ctx, cotangent))
+        return (None, *_differentiable_once(_MetaLoss._gradients, ctx, cotangent))
 
     @staticmethod
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
         saved = ctx.saved_tensors
+        if cotangent.dtype != ctx.compute_dtype:
+            cotangent = cotangent.to(ctx.compute_dtype)
         # One launch for all of them, where there are launches.
-        scaled = iter(torch._foreach_mul([g for g in saved if g is not None], cotangent.to(ctx.compute_dtype)))
-        return [None if g is None else next(scaled).to(dtype) for g, dtype in zip(saved, ctx.dtypes, strict=True)]
+        scaled = iter(torch._foreach_mul([g for g in saved if g is not None], cotangent))
+        found = [None if g is None else next(scaled) for g in saved]
+        return [g if g is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
 
 
 class _Predict(torch.autograd.Function):
@@ -331,6 +342,10 @@ def _engine(plan: Plan) -> ModuleType:
         from .engines import primal
 
         return primal
+    if plan.engine == "native":
+        from .engines import native
+
+        return native
     return batched
 
 

@@ -83,7 +83,7 @@ def _fastest(problem: Problem, sizes: Sizes, device: Device, told: Override, rea
 
 def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, chunk: int, reason: str) -> Plan:
     """The cheapest forms for a given number of tasks at a time."""
-    shape, times = _shape(problem, sizes, device, chunk), math.ceil(sizes.tasks / chunk)
+    shape, times = shape_of(problem, sizes, device, chunk), math.ceil(sizes.tasks / chunk)
     layers = problem.network.layers
     of_pass = sum(pass_bytes(layer, shape) for layer in layers)
     chosen, held, state = [], 0.0, 0.0
@@ -106,7 +106,8 @@ def _plan_chunk(problem: Problem, sizes: Sizes, device: Device, told: Override, 
     )
 
 
-def _shape(problem: Problem, sizes: Sizes, device: Device, chunk: int) -> Shape:
+def shape_of(problem: Problem, sizes: Sizes, device: Device, chunk: int) -> Shape:
+    """The sizes of a chunk of tasks on a device."""
     inner = problem.inner
     return Shape(
         tasks=chunk,
@@ -126,7 +127,7 @@ def _shape(problem: Problem, sizes: Sizes, device: Device, chunk: int) -> Shape:
 
 def _in_blocks(plan: Plan, device: Device, rows: int) -> Plan:
     """The plan with `rows` samples of a task at a time: as many steps and query passes of fewer samples each."""
-    problem, shape = plan.problem, _shape(plan.problem, plan.sizes, device, plan.chunk)
+    problem, shape = plan.problem, shape_of(plan.problem, plan.sizes, device, plan.chunk)
     times = math.ceil(plan.sizes.tasks / plan.chunk)
     block = replace(
         shape,
@@ -144,7 +145,7 @@ def _in_blocks(plan: Plan, device: Device, rows: int) -> Plan:
     for i, (layer, form, own) in enumerate(cells):
         bytes_ = layer_bytes(layer, form, False, own)
         working_set = WorkingSet(bytes_ + layer.parameters * shape.itemsize, of_pass)
-        found = _estimate(layer_operations(layer, form, i <= first, i == 0, own), device, working_set, times)
+        found = estimated(layer_operations(layer, form, i <= first, i == 0, own), device, working_set, times)
         whole = plan.layers[i]
         layers.append(replace(whole, estimates=tuple((dict(whole.estimates) | {form: found}).items())))
         held += bytes_
@@ -187,7 +188,7 @@ def _plan_layer(
     def estimate(form: str) -> Estimate:
         own = layer_bytes(layer, form, first, shape) + layer.parameters * shape.itemsize
         operations = layer_operations(layer, form, first, i == 0, shape)
-        return _estimate(operations, device, WorkingSet(own, of_pass), times)
+        return estimated(operations, device, WorkingSet(own, of_pass), times)
 
     forms = [form for form in FORMS if form_obstacle(problem, i, form) is None]
     if not forms:
@@ -236,7 +237,8 @@ def _updates(inner: InnerLoop) -> int:
     )
 
 
-def _estimate(operations: Iterable[Operation], device: Device, working_set: WorkingSet, times: int) -> Estimate:
+def estimated(operations: Iterable[Operation], device: Device, working_set: WorkingSet, times: int) -> Estimate:
+    """What operations take together, `times` times."""
     whole = Operation(*map(sum, zip(*operations, strict=True)))
     return Estimate(times * whole.seconds(device, working_set), times * whole.flops, times * whole.bytes)
 

@@ -20,7 +20,7 @@ from .batch import (
     check_task_weight,
 )
 from .engines import FlatParameters
-from .parts import Part, fused_loss, mean_of_left, task_losses
+from .parts import Part, fused_loss, in_steps, mean_of_left, task_losses
 from .planner import make_plan
 from .plans import Plan
 from .problem import Problem
@@ -117,7 +117,7 @@ class Call:
         support = self.support(given)
         assert given.query_x is not None
         query_x = check_query_features(self.problem, self.like, support.x.shape[0], given.query_x)
-        plan = self.plan(support, query_x.shape[1])
+        plan = in_steps(self.plan(support, query_x.shape[1]))
         return predict(AdaptedTasks(plan, support, self.flat, keep=plan.keeps_state), query_x, self.flat)
 
     def parts(self, batch: Batch) -> list[Part]:

@@ -63,6 +63,19 @@ CPU = Device(
 )
 # Between products a compiler leaves little to start, and less Python around it.
 COMPILED = replace(CPU, name="cpu, compiled", launch=3e-6, fuses=True)
+# Fitted to whole meta-steps of the named workloads on the same cores, compiled by g++ 12. A launch is a loop over rows,
+# a matrix a call with its padding, and the cache that a weight has to fit is one core's.
+NATIVE = Device(
+    "cpu, native",
+    launch=0.2e-6,
+    matrix=0.15e-6,
+    flops=190e9,
+    cached=100e9,
+    streamed=12e9,
+    cache=2 << 20,
+    turnover=math.inf,
+    threads=2,
+)
 # The H100's data sheet (SXM, float32 outside the tensor cores); launch and matrix are assumptions, not measurements.
 # What a pass leaves there torch keeps for the next one.
 GPU = Device(

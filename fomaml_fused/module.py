@@ -19,7 +19,7 @@ from .inner import PARTS, Adapt, InnerLoop, adapted_parts, inner_rates
 from .metrics import InnerLosses, inner_losses, joined
 from .network import part_names, read_network
 from .numbered import number_of
-from .parts import in_torch, places
+from .parts import in_steps, in_torch, places
 from .planner import BACKENDS, PRECISIONS, make_plan
 from .plans import Plan
 from .problem import Loss, Problem, SampleLoss
@@ -254,7 +254,7 @@ class FOMAML(nn.Module):
             return adapted
         call = self._call()
         support = call.support(Given(support_x, support_y, support_weight=support_weight))
-        plan = call.plan(support, support.x.shape[-2])
+        plan = in_steps(call.plan(support, support.x.shape[-2]))
         if plan.engine == "reference":
             return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
         snapshot = tuple(None if p is None else p.detach().clone() for p in call.flat)
@@ -449,8 +449,8 @@ class FOMAML(nn.Module):
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
-    """Each module of a model with its children, by which it is known whether layers were put in others' places."""
-    return [(module, tuple(module._modules.values())) for module in model.modules()]
+    """The modules of a model that hold others, by which it is known whether layers were put in others' places."""
+    return [(module, tuple(module._modules.values())) for module in model.modules() if module._modules]
 
 
 def _to_plain_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

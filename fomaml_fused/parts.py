@@ -108,6 +108,11 @@ def in_torch(plan: Plan) -> Plan:
     return plan if plan.engine == "batched" else make_plan(plan.problem, plan.sizes, "torch")
 
 
+def in_steps(plan: Plan) -> Plan:
+    """The same batch in an engine whose adapted tasks can be had; the native one has whole meta-steps alone."""
+    return in_torch(plan) if plan.engine == "native" else plan
+
+
 def _task_losses(part: Part, parameters: FlatParameters, skips: bool) -> Tensor:
     plan, support, query = part.plan, part.support, part.query
     if query is None:
@@ -115,7 +120,7 @@ def _task_losses(part: Part, parameters: FlatParameters, skips: bool) -> Tensor:
     dtype = compute_dtype(query.x.dtype)
     if query.step_weights is None:
         # In the engine of torch ops alone a task without a cotangent is left out, whatever it holds.
-        plan = in_torch(plan) if skips else plan
+        plan = in_torch(plan) if skips else in_steps(plan)
         tasks = AdaptedTasks(plan, support, parameters, keep=plan.keeps_state)
         return losses_of_outputs(plan.problem, query, predict(tasks, query.x, parameters).to(dtype), skips)
     counted = {k: w for k, w in enumerate(query.step_weights, 1) if w}

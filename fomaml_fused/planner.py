@@ -11,6 +11,7 @@ import torch
 
 from .batch import Sizes
 from .batched_plans import batched_plans, check_forms
+from .native_plans import native_plan
 from .plans import LayerPlan, Override, Plan, overriding
 from .problem import Problem
 
@@ -32,7 +33,7 @@ def make_plan(
 
     Args:
         backend: one of `BACKENDS`.  precision: one of `PRECISIONS`, of a kernel's products.
-        compiled: whether batched torch ops run through `torch.compile`.
+        compiled: whether batched torch ops run through `torch.compile`, and the native engine may be compiled.
         explained: whether to plan every layer in one form as well, for comparison alone; a call can do without.
 
     Raises:
@@ -67,8 +68,10 @@ def _make_plan(
     plans: dict[str, Plan | str] = {}
     if backend == "torch":
         reason = "as asked for"
-    elif backend == "auto" and sizes.device.type == "cpu" and told.engine in (None, "batched"):
+    elif backend == "auto" and sizes.device.type == "cpu" and told.engine in (None, "batched", "native"):
         reason = "the fastest on a CPU"
+        if compiled or told.engine == "native":
+            plans["native"] = native_plan(problem, sizes, told)
     elif (obstacle := _triton_obstacle(sizes.device)) is not None:
         if backend == "triton":
             raise RuntimeError(

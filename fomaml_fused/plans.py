@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .kernels.configuration import Config
 
 KERNEL_ENGINES = ("resident", "dual", "layered", "chained", "primal")
-ENGINES = ("batched", *KERNEL_ENGINES)
+ENGINES = ("batched", "native", *KERNEL_ENGINES)
 FORMS = ("primal", "dual")
 # Scratch a chunk of tasks may take. Small enough for any machine that trains, far above what a chunk needs to be fast.
 MEMORY_BOUND = 1 << 30
@@ -64,6 +64,7 @@ class Plan:
         precision: of the operands of a kernel's products, "ieee", "tf32x3", "tf32", "bf16" or "fp16".
         config: a kernel's warps and tiles.
         others: by name, plans that it was chosen over, or why there is none.
+        block: tasks that a thread of the native engine takes at a time.
     """
 
     problem: Problem
@@ -80,6 +81,7 @@ class Plan:
     config: Config | None = None
     others: tuple[tuple[str, Plan | str], ...] = ()
     rows: int | None = None
+    block: int | None = None
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -106,7 +108,7 @@ class Plan:
         ]
         if self.engine == "reference":
             return "\n".join(lines)
-        if self.engine != "batched":
+        if self.engine not in ("batched", "native"):
             return "\n".join([*lines, "", *self._alternatives()])
         rows = [("layer", "form", "flops", "bytes", "time", "instead")]
         for i, (layer, plan) in enumerate(zip(problem.network.layers, self.layers, strict=True)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..batch import Sizes
 from ..inner import PARTS
 from ..problem import Problem
 
@@ -54,6 +55,13 @@ class Planned(Hashable, Protocol):
     @property
     def rows(self) -> int | None:
         """Samples of a task that the batched engine takes at a time; None for all of its set."""
+
+    @property
+    def block(self) -> int | None:
+        """Tasks that a thread of the native engine takes at a time."""
+
+    @property
+    def sizes(self) -> Sizes: ...
 
     @property
     def engine(self) -> str: ...

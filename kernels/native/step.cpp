@@ -1,0 +1,48 @@
+// The first-order meta-step of a batch of tasks on the cores of a CPU.
+//
+// Samples are rows. A layer in the dual form never builds a task's weights: of its history of inputs X and of gradients
+// D times minus the learning rate, (H X^T) D is what they would add to the product of the shared ones. In the primal
+// form they are built from the first step on. What a few tasks need stays in the cache of the core that has them.
+#include <omp.h>
+
+#include <vector>
+
+#include "worker.h"
+
+extern "C" {
+
+// Bytes that a step works in.
+int64_t scratch_size(const Step* s) {
+  Arena arena{nullptr};
+  Shared shared(*s, arena);
+  for (long i = 0; i < s->threads; i++) Worker(*s, shared, arena);
+  return arena.used;
+}
+
+void run_step(const Step* s, char* scratch) {
+  Arena arena{scratch};
+  Shared shared(*s, arena);
+  long blocks = (s->tasks + s->block - 1) / s->block;
+  std::vector<Worker*> workers;
+  for (long i = 0; i < s->threads; i++) workers.push_back(new Worker(*s, shared, arena));
+#pragma omp parallel num_threads(s->threads)
+  {
+    long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    shared.pack(*s, thread, threads);
+#pragma omp barrier
+    for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
+      long start = b * s->block;
+      workers[thread]->run(start, std::min(s->block, s->tasks - start));
+    }
+#pragma omp barrier
+    for (long l = s->lowest; l < s->depth; l++) {
+      long rows = s->layers[l].out;
+      Worker::reduce(workers.data(), workers.size(), s->layers[l], l, rows * thread / threads, rows * (thread + 1) / threads);
+    }
+  }
+  double value = 0.0;
+  for (long t = 0; t < s->tasks; t++) value += (double)shared.losses[t] * (s->shares ? s->shares[t] : s->share);
+  *s->value = value;
+  for (Worker* worker : workers) delete worker;
+}
+}
