@@ -31,10 +31,6 @@ class _Layer(c.Structure):
         ("activation", c.c_int32),
         ("p0", c.c_float),
         ("p1", c.c_float),
-        ("weight", c.c_void_p),
-        ("bias", c.c_void_p),
-        ("weight_gradient", c.c_void_p),
-        ("bias_gradient", c.c_void_p),
     )
 
 
@@ -50,6 +46,8 @@ class _Step(c.Structure):
     _fields_ = (
         *((name, c.c_int64) for name in ("tasks", "depth", "steps", "first", "lowest", "block", "rows", "threads")),
         ("layers", c.c_void_p),
+        ("parameters", c.c_void_p),
+        ("gradients", c.c_void_p),
         ("rates", c.c_void_p),
         ("loss", _Loss),
         ("outer_loss", _Loss),
@@ -73,40 +71,39 @@ def step(
     """As `batched.step`, of all tasks of a batch."""
     assert query is not None
     prepared = _prepared(plan, tuple(needed), torch.get_num_threads())
-    call, layers = prepared.copies()
-    held = []  # until the call is over
-
-    def address(tensor: Tensor) -> int:
-        """Where the numbers of a tensor are, one behind the other."""
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            held.append(tensor)
-        return tensor.data_ptr()
-
+    held = [_dense(parameters[i]) for i in prepared.places]
     gradients: Gradients = [None] * len(parameters)
-    for i, field in prepared.fields:
-        parameter, layer = parameters[i], layers[i // len(PARTS)]
-        assert parameter is not None
-        setattr(layer, field, address(parameter))
-        if needed[1 + i]:
-            gradient = gradients[i] = torch.empty(parameter.shape, dtype=torch.float32)
-            setattr(layer, f"{field}_gradient", gradient.data_ptr())
+    for i in prepared.wanted:
+        gradients[i] = torch.empty(parameters[i].shape, dtype=torch.float32)  # type: ignore[union-attr]
+    read = prepared.pointers(*map(_address, held))
+    write = prepared.pointers(*(_address(gradients[i]) for i in prepared.places))
+
+    call = _Step.from_buffer_copy(prepared.step)
+    call.tasks, call.parameters, call.gradients = support.x.shape[0], c.addressof(read), c.addressof(write)
     for samples, own in ((call.support, support), (call.query, query)):
-        samples.x, samples.y = address(own.x), address(own.y)
-        if own.weight is not None:
-            samples.weight = address(own.weight)
+        sets = _dense(own.x), _dense(own.y), _dense(own.weight)
+        samples.x, samples.y, samples.weight = map(_address, sets)
+        held += sets
     if isinstance(share, Tensor):
-        call.shares = address(share)
+        held.append(_dense(share))
+        call.shares = _address(held[-1])
     else:
         call.share = share
-    value, features = torch.empty((), dtype=torch.float32), None
-    if needed[0]:
-        features = torch.empty(query.x.shape, dtype=torch.float32)
-        call.features = features.data_ptr()
+    value = torch.empty((), dtype=torch.float32)
+    features = torch.empty(query.x.shape, dtype=torch.float32) if needed[0] else None
     scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
-    call.tasks, call.value = support.x.shape[0], value.data_ptr()
+    call.value, call.features = value.data_ptr(), _address(features)
     library().run_step(c.byref(call), scratch.data_ptr())
     return Outcome(value, features, gradients)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy with its numbers one behind the other."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class _Prepared:
@@ -115,22 +112,19 @@ class _Prepared:
     def __init__(self, plan: Planned, needed: Sequence[bool], threads: int) -> None:
         problem, sizes = plan.problem, plan.sizes
         inner, depth = problem.inner, problem.network.depth
-        # Where engines list the parameters that there are, and what a layer calls them.
-        self.fields = [
-            (len(PARTS) * i + PARTS.index(part), part)
-            for i, layer in enumerate(problem.network.layers)
-            for part in layer.parts
-        ]
+        # Where engines list weights and biases, and those of them whose gradient is asked for.
+        self.places = [i for i in range(len(needed) - 1) if PARTS[i % len(PARTS)] in ("weight", "bias")]
+        self.wanted = [i for i in self.places if needed[1 + i]]
+        self.pointers = c.c_void_p * len(self.places)
         self.layers = (_Layer * depth)(*(_layer(plan, i) for i in range(depth)))
         rates = [rate for row in inner.rates for rate in row]
         self.rates = (c.c_float * len(rates))(*rates)
-        wanted = [i // len(PARTS) for i, need in enumerate(needed[1:]) if need]
         self.step = _Step(
             tasks=sizes.tasks,
             depth=depth,
             steps=inner.steps,
             first=inner.first_adapted,
-            lowest=0 if needed[0] else min(wanted, default=depth),
+            lowest=0 if needed[0] else min((i // len(PARTS) for i in self.wanted), default=depth),
             block=plan.block,
             rows=plan.rows or max(sizes.shots, sizes.queries),
             threads=threads,
@@ -140,17 +134,14 @@ class _Prepared:
             outer_loss=_loss(problem.outer_loss),
             support=_Samples(sizes.shots),
             query=_Samples(sizes.queries),
-            features=1 if needed[0] else None,  # any address but none, to count what it takes
+            features=int(needed[0]) or None,
         )
-        for layer, start in zip(self.layers, range(1, len(needed), len(PARTS)), strict=True):
-            layer.weight_gradient, layer.bias_gradient = (int(need) or None for need in needed[start : start + 2])
+        # Any address but none, to count what is there.
+        there = [part in layer.parts for layer in problem.network.layers for part in ("weight", "bias")]
+        parameters = self.pointers(*(int(is_there) or None for is_there in there))
+        gradients = self.pointers(*(int(needed[1 + i]) or None for i in self.places))
+        self.step.parameters, self.step.gradients = c.addressof(parameters), c.addressof(gradients)
         self.scratch = library().scratch_size(c.byref(self.step))
-
-    def copies(self) -> tuple[_Step, c.Array[_Layer]]:
-        """The step and its layers, to be filled in."""
-        step, layers = _Step.from_buffer_copy(self.step), type(self.layers).from_buffer_copy(self.layers)
-        step.layers = c.addressof(layers)
-        return step, layers
 
 
 @lru_cache(maxsize=256)
@@ -170,7 +161,6 @@ def _layer(plan: Planned, i: int) -> _Layer:
         activation=_KINDS.index(layer.activation.name),
         p0=parameters[0],
         p1=parameters[1],
-        bias=int(layer.bias) or None,
     )
 
 

@@ -10,7 +10,7 @@ struct Loss {
   float delta, smoothing;
 };
 
-// The target is a class for cross-entropy, else `n` values. Behind the outputs z [n] `d` gets zeros.
+// The target is a class for cross-entropy, else `n` values. Behind its n numbers `d` gets zeros, for a vector.
 // share: what the sample counts of its task's loss.  cotangent: of the task's loss.
 static inline float sample_loss(Loss loss, const float* z, const void* target, long n, float share, float cotangent,
                                 float* d) {
@@ -21,10 +21,10 @@ static inline float sample_loss(Loss loss, const float* z, const void* target, l
     for (long j = 0; j < n; j += LANES) store(d + j, exponential(load_first(z + j, n - j) - largest));
     for (long j = 0; j < n; j++) sum += d[j], mean += z[j] - largest;
     long own = *(const int64_t*)target;
-    float log_sum = std::log(sum), scale = share * cotangent, spread = loss.smoothing / n;
-    value = log_sum - (1.0f - loss.smoothing) * (z[own] - largest) - spread * mean;
-    for (long j = 0; j < n; j++) d[j] = scale * (d[j] / sum - spread);
-    d[own] -= scale * (1.0f - loss.smoothing);
+    float keep = 1.0f - loss.smoothing, spread = loss.smoothing / n, log_sum = std::log(sum);
+    value = log_sum - keep * (z[own] - largest) - spread * mean;
+    for (long j = n; j % LANES; j++) d[j] = 0.0f;
+    for (long j = 0; j < n; j++) d[j] = share * cotangent * (d[j] / sum - (j == own ? keep + spread : spread));
     value *= share;
   } else {
     const float* y = (const float*)target;
@@ -41,11 +41,10 @@ static inline float sample_loss(Loss loss, const float* z, const void* target, l
       } else {
         v = larger(of, vec{}) - of * to + log_one_plus(exponential(-magnitude(of))), g = logistic(of) - to;
       }
-      store(d + j, g * (each * cotangent));
+      store(d + j, first(n - j, g * (each * cotangent)));
       for (long i = 0; i < LANES && j + i < n; i++) value += v[i];
     }
     value *= each;
   }
-  for (long j = n; j < padded(n); j++) d[j] = 0.0f;
   return value;
 }

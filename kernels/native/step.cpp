@@ -37,7 +37,7 @@ void run_step(const Step* s, char* scratch) {
 #pragma omp barrier
     for (long l = s->lowest; l < s->depth; l++) {
       long rows = s->layers[l].out;
-      Worker::reduce(workers.data(), workers.size(), s->layers[l], l, rows * thread / threads, rows * (thread + 1) / threads);
+      Worker::reduce(*s, workers.data(), workers.size(), l, rows * thread / threads, rows * (thread + 1) / threads);
     }
   }
   double value = 0.0;

@@ -8,9 +8,7 @@ extern "C" {
 struct Layer {
   int64_t in, out;
   int32_t dual, moves_weight, moves_bias, activation;
-  float p0, p1;                            // of the activation
-  const float *weight, *bias;              // [out, in] and [out]; the bias may be missing
-  float *weight_gradient, *bias_gradient;  // alike; missing where they are not asked for
+  float p0, p1;  // of the activation
 };
 
 struct Samples {
@@ -28,6 +26,8 @@ struct Step {
   int64_t rows;     // samples of each of them that it takes at a time
   int64_t threads;
   const Layer* layers;
+  const float* const* parameters;  // of each layer the weight [out, in] and the bias [out], which may be missing
+  float* const* gradients;         // alike; missing where they are not asked for
   const float* rates;  // [steps, depth]
   Loss loss, outer_loss;
   Samples support, query;
@@ -35,6 +35,11 @@ struct Step {
   float share;
   float* value;     // the tasks' losses times what they count, summed
   float* features;  // the gradient of the query features [tasks, samples, in]; missing where it is not asked for
+
+  const float* weight(long l) const { return parameters[2 * l]; }
+  const float* bias(long l) const { return parameters[2 * l + 1]; }
+  float* weight_gradient(long l) const { return gradients[2 * l]; }
+  float* bias_gradient(long l) const { return gradients[2 * l + 1]; }
 };
 }
 

@@ -37,6 +37,13 @@ static inline vec load_first(const float* p, long n) {
   return v;
 }
 
+// Its first n numbers, and zeros.
+static inline vec first(long n, vec v) {
+  ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  return lane < (int32_t)(n < LANES ? n : LANES) ? v : vec{};
+}
+
 static inline vec smaller(vec a, vec b) { return b < a ? b : a; }  // of (a, b); a where one is nan
 static inline vec larger(vec a, vec b) { return b > a ? b : a; }
 static inline vec magnitude(vec x) { return bits((ints)x & 0x7fffffff); }

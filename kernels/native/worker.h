@@ -23,7 +23,7 @@ struct Shared {
       const Layer& of = s.layers[l];
       forward[l] = packed(arena.take(packed_size(of.in, of.out)), of.in, of.out);
       backward[l] = packed(arena.take(packed_size(of.out, of.in)), of.out, of.in);
-      bias[l] = of.bias ? arena.take(padded(of.out)) : nullptr;
+      bias[l] = s.bias(l) ? arena.take(padded(of.out)) : nullptr;
     }
     losses = arena.take(s.tasks);
   }
@@ -34,13 +34,13 @@ struct Shared {
       const Layer& of = s.layers[l];
       for (long start = 0; start < of.out; start += PANEL, turn++)
         if (turn % threads == thread)
-          transpose(std::min<long>(PANEL, of.out - start), of.in, Right(of.weight + start * of.in, of.in),
+          transpose(std::min<long>(PANEL, of.out - start), of.in, Right(s.weight(l) + start * of.in, of.in),
                     Target(forward[l].at(0, start), forward[l].ld));
       if (turn++ % threads != thread) continue;
       bool below = l > std::min(s.lowest, s.first) || s.features;
       for (long i = 0; below && i < of.out; i++)
-        for (long j = 0; j < of.in; j += LANES) store(backward[l].at(i, j), load_first(of.weight + i * of.in + j, of.in - j));
-      for (long j = 0; of.bias && j < padded(of.out); j += LANES) store(bias[l] + j, load_first(of.bias + j, of.out - j));
+        for (long j = 0; j < of.in; j += LANES) store(backward[l].at(i, j), load_first(s.weight(l) + i * of.in + j, of.in - j));
+      for (long j = 0; bias[l] && j < of.out; j += LANES) store(bias[l] + j, load_first(s.bias(l) + j, of.out - j));
     }
   }
 };
@@ -70,8 +70,8 @@ class Worker {
         if (several()) own.sum = arena.take(s.block * own.size);
         largest = std::max(largest, packed_size(of.out, of.in));
       }
-      if (of.weight_gradient) own.weight_gradient = arena.take(of.out * own.in);
-      if (of.bias_gradient) own.bias_gradient = arena.take(own.out);
+      if (s.weight_gradient(l)) own.weight_gradient = arena.take(of.out * own.in);
+      if (s.bias_gradient(l)) own.bias_gradient = arena.take(own.out);
     }
     d = arena.take(rows * most), next = arena.take(rows * most), scratch = arena.take(largest);
   }
@@ -92,20 +92,21 @@ class Worker {
   }
 
   // Rows [start, end) of a layer's gradient: the sum of all workers', in their order.
-  static void reduce(const Worker* const* workers, long count, const Layer& of, long l, long start, long end) {
+  static void reduce(const Step& s, const Worker* const* workers, long count, long l, long start, long end) {
+    float *weights = s.weight_gradient(l), *biases = s.bias_gradient(l);
+    long in = s.layers[l].in;
     for (long i = start; i < end; i++) {
-      if (of.bias_gradient) {
+      if (biases) {
         float sum = 0.0f;
         for (long w = 0; w < count; w++)
           if (!workers[w]->fresh) sum += workers[w]->own[l].bias_gradient[i];
-        of.bias_gradient[i] = sum;
+        biases[i] = sum;
       }
-      if (!of.weight_gradient) continue;
-      for (long j = 0; j < of.in; j += LANES) {
+      for (long j = 0; weights && j < in; j += LANES) {
         vec sum{};
         for (long w = 0; w < count; w++)
           if (!workers[w]->fresh) sum += load(workers[w]->own[l].weight_gradient + i * workers[w]->own[l].in + j);
-        std::memcpy(of.weight_gradient + i * of.in + j, &sum, sizeof(float) * std::min<long>(LANES, of.in - j));
+        std::memcpy(weights + i * in + j, &sum, sizeof(float) * std::min<long>(LANES, in - j));
       }
     }
   }
@@ -327,11 +328,11 @@ class Worker {
   void add_gradient(long l) {
     const Layer& of = s.layers[l];
     Own& own = this->own[l];
-    if (of.weight_gradient) {
+    if (own.weight_gradient) {
       Target sum(own.weight_gradient, own.in);
       product(of.out, of.in, tasks * rows, {d, 1, own.out}, Right(h[l], own.in), fresh ? NOTHING : Right(sum), sum);
     }
-    for (long j = 0; of.bias_gradient && j < of.out; j += LANES) {
+    for (long j = 0; own.bias_gradient && j < of.out; j += LANES) {
       vec total = fresh ? vec{} : load(own.bias_gradient + j);
       for (long i = 0; i < tasks * rows; i++) total += load(d + i * own.out + j);
       store(own.bias_gradient + j, total);
