@@ -3,9 +3,10 @@
 python -m bench.profile_steps [--save bench/results/profile-cpu-2-cores.json] [--workloads NAME ...] [--eager]
 
 The profiler of torch says which ops take the time that a step takes, eager and compiled: products, activations, what a
-compiler fused, other ops, and what is left, which is Python and launching. The floor is the time of the products alone
-at the rate of one `torch.mm` over all rows that the step has at a time, at the widest layer's width. First calls are
-timed in fresh processes, without `compile=True`, once the package is imported and model and data are there.
+compiler fused, the native engine, other ops, and what is left, which is Python and launching. The floor is the time of
+the products alone at the rate of one `torch.mm` over all rows that the step has at a time, at the widest layer's width.
+First calls are timed in fresh processes, without `compile=True`, once the package is imported and model and data are
+there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ACTIVATIONS = frozenset(
     {"relu", "clamp_min", "threshold", "threshold_backward", "gelu", "gelu_backward", "tanh", "tanh_backward"}
     | {"sin", "cos", "sigmoid", "exp", "log", "log_softmax", "_log_softmax", "_softmax", "logsumexp", "erf"}
 )
-CATEGORIES = ("products", "activations", "fused", "other ops", "outside of ops")
+CATEGORIES = ("products", "activations", "fused", "native", "other ops", "outside of ops")
 BUDGET = 1.0  # seconds for the steps that are timed, and as long for those that are profiled
 STEPS = (5, 100)  # of them at least and at most
 PATIENCE = 120.0  # seconds that a process has for its first call
@@ -66,6 +67,8 @@ def category(op: str) -> str:
     if "_cpp_fused_" in op:
         return "fused"
     namespace, _, name = op.partition("::")
+    if op == "fomaml_fused::native":
+        return "native"
     if namespace not in ("aten", "mkl", "mkldnn"):
         return "outside of ops"
     name = name.removesuffix("_")

@@ -18,6 +18,7 @@ from torch import nn
 import fomaml_fused as ff
 from fomaml_fused.batch import Sizes
 from fomaml_fused.batched_plans import form_obstacle
+from fomaml_fused.native_plans import native_obstacle
 from fomaml_fused.plans import KERNEL_ENGINES, Override
 
 from .pages import put
@@ -40,7 +41,8 @@ class Rule:
 
 
 RULES = (
-    Rule("SGD, momentum, coupled decay", {"momentum": 0.9, "weight_decay": 0.1}),
+    Rule("SGD"),
+    Rule("momentum, coupled decay", {"momentum": 0.9, "weight_decay": 0.1}),
     Rule("Nesterov's momentum", {"momentum": 0.9, "nesterov": True}),
     Rule("decoupled decay", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     Rule("Adam", {"optimizer": "adam"}),
@@ -61,7 +63,7 @@ RULES = (
     Rule('`nonfinite="skip"`', {"nonfinite": "skip"}),
     Rule("callable losses", {"loss": lambda outputs, targets: (outputs - targets).square().sum(1)}),
 )
-COLUMNS = ("batched, primal", "batched, dual", *KERNEL_ENGINES)
+COLUMNS = ("batched, primal", "batched, dual", "native", *KERNEL_ENGINES)
 
 
 def obstacles(rule: Rule) -> Iterator[str | None]:
@@ -77,6 +79,7 @@ def obstacles(rule: Rule) -> Iterator[str | None]:
     for form in ("primal", "dual"):
         moving = [i for i, parts in enumerate(problem.inner.adapt) if parts]
         yield next((why for i in moving if (why := form_obstacle(problem, i, form)) is not None), None)
+    yield native_obstacle(problem, sizes, Override())
     plans = kernel_plans(problem, sizes, Override(), "highest")
     for engine in KERNEL_ENGINES:
         plan = plans[engine]

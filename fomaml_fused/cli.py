@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .engines import native_library
 from .module import FOMAML
 from .network import MODULES
 from .problem import LOSSES
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--steps", type=int, default=5)
     plan.add_argument("--adapt", choices=("all", "head", "body"), default="all")
     plan.add_argument("--momentum", type=float, default=0.0)
+    plan.add_argument("--compile", action="store_true", help="as compiled code, where it is the faster")
     plan.add_argument("--device", default="cpu")
     plan.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     plan.set_defaults(command=_plan)
@@ -112,6 +114,7 @@ def _plan(
     steps: int,
     adapt: str,
     momentum: float,
+    compile: bool,
     device: str,
     dtype: str,
 ) -> int:
@@ -124,7 +127,8 @@ def _plan(
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after, device="meta"), MODULES[activation]()]
-    meta = FOMAML(nn.Sequential(*layers[:-1]), steps=steps, loss=loss, adapt=adapt, momentum=momentum)
+    options: dict[str, Any] = {"steps": steps, "loss": loss, "adapt": adapt, "momentum": momentum, "compile": compile}
+    meta = FOMAML(nn.Sequential(*layers[:-1]), **options)
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -150,6 +154,8 @@ def _doctor() -> int:
         name = "" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}: "
         plan = FOMAML(nn.Linear(1, 1)).plan(1, 1, device=device)
         rows.append([f"on {device}", f"{name}engine {plan.engine}: {plan.reason}"])
+    why = native_library.obstacle()
+    rows.append(["native engine, with compile", f"kept in {native_library.folder()}" if why is None else why])
     print("\n".join(table(rows)))
     return 0
 

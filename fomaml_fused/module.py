@@ -69,8 +69,9 @@ class FOMAML(nn.Module):
             "highest" ("tf32x3", on AMD "ieee"), "high" ("tf32") and "medium" ("bf16"). None for that of an enabled
             autocast, else `torch.get_float32_matmul_precision()`. Sums are float32 always; batched torch ops follow
             torch's own setting.
-        compile: run batched torch ops through `torch.compile`: the first call of each size waits for the compiler,
-            later ones have less to launch. `predict` and `adapt` are never compiled, and fused kernels need none of it.
+        compile: run the meta-step as compiled C++ on a CPU, which waits for a compiler once on a machine; or where that
+            does not take it (`plan` says why), batched torch ops through `torch.compile`, which waits at the first call
+            of each size. `predict` and `adapt` are never compiled, and fused kernels need none of it.
 
     Raises:
         TypeError, ValueError: an argument is not taken; the message names it.

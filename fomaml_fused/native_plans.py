@@ -1,4 +1,4 @@
-"""The native engine's part of the planner: what it takes, the form of each layer, how many tasks and samples at a time."""
+"""The native engine's part of the planner: what it takes, and in which form and blocks of tasks and samples."""
 
 from __future__ import annotations
 

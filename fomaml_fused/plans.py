@@ -90,7 +90,8 @@ class Plan:
     @property
     def at_a_time(self) -> str:
         """Tasks, and of each of them samples."""
-        return str(self.chunk) if self.rows is None else f"{self.chunk}, of each {self.rows} samples"
+        tasks = str(self.chunk) if self.block is None else f"{self.block} a thread"
+        return tasks if self.rows is None else f"{tasks}, of each {self.rows} samples"
 
     @property
     def estimate(self) -> Estimate:

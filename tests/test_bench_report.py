@@ -137,6 +137,7 @@ def test_rows_of_a_profile_are_told_apart() -> None:
         "aten::sin": "activations",
         "aten::copy_": "other ops",
         "graph_0_cpp_fused_add_mul_3": "fused",
+        "fomaml_fused::native": "native",
         "_MetaLoss": "outside of ops",
         "autograd::engine::evaluate_function: _MetaLossBackward": "outside of ops",
     }

@@ -130,7 +130,7 @@ def test_plan_refuses_what_is_no_network(widths: str, capsys: pytest.CaptureFixt
 def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for expected in (torch.__version__, "triton", "engine batched", "the fastest on a CPU", "threads"):
+    for expected in (torch.__version__, "triton", "engine batched", "the fastest on a CPU", "threads", "native"):
         assert expected in printed
 
 

@@ -1,4 +1,4 @@
-"""The native engine's code as a library: compiled for this machine's processor at first use, and kept for later ones."""
+"""The native engine's code as a library: compiled for this processor at first use, and kept for later ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"it is for Linux, and this is {sys.platform}")
     if compiler is None:
         raise RuntimeError("there is no C++ compiler; g++ or clang++ is looked for, and what CXX names")
-    path = _folder() / f"step-{_fingerprint(compiler)}.so"
+    path = folder() / f"step-{_fingerprint(compiler)}.so"
     if not path.exists():
         _compile(compiler, path)
     found = ctypes.CDLL(str(path))
@@ -71,7 +71,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """A folder of this user's own that can be written to."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get(CACHE) or Path(home) / "fomaml_fused")

@@ -52,6 +52,7 @@ class Rules:
         type=str,
     )
     nonfinite: str = option("what becomes of diverged tasks in training", "propagate", choices=NONFINITE)
+    compile: bool = option("run meta-steps as compiled code, which takes a compiler", False)
 
     def meta(self, model: nn.Module, loss: str) -> FOMAML:
         """What trains `model`.
@@ -68,6 +69,7 @@ class Rules:
             outer=self.outer,
             step_weights=self.weights_of_steps(0.0),
             nonfinite=self.nonfinite,
+            compile=self.compile,
         )
 
     def untrained(self, model: nn.Module, loss: str, lr: Any, steps: int) -> FOMAML:
