@@ -49,10 +49,10 @@ def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel: Path) -> N
     }
     kernels = {
         f"fomaml_fused/kernels/{path.relative_to(ROOT / 'kernels')}"
-        for pattern in ("*.py", "configs/*.json")
+        for pattern in ("*.py", "configs/*.json", "native/*")
         for path in (ROOT / "kernels").rglob(pattern)
     }
-    assert "fomaml_fused/kernels/configs/default.json" in kernels
+    assert {f"fomaml_fused/kernels/{name}" for name in ("configs/default.json", "native/step.cpp")} < kernels
     assert {name for name in names if ".dist-info" not in name} == source | kernels
 
 
@@ -74,6 +74,9 @@ for _ in range(3):
     losses[-1].backward()
     optimizer.step()
 assert losses[0] > losses[1] > losses[2], losses
+native = ff.FOMAML(model, lr=0.01, steps=2, compile=True)
+assert native.plan(4, 5).engine == "native"
+torch.testing.assert_close(native(*batch), meta(*batch))
 """
     subprocess.run([str(installed), "-I", "-c", program], check=True, cwd=tmp_path)
 
@@ -121,6 +124,7 @@ def test_imports_go_one_way() -> None:
         ["engines"],
         ["costs", "kernel_costs", "plans"],
         ["batched_plans", "kernel_plans"],
+        ["native_plans"],
         ["planner"],
         ["autograd"],
         ["adapted", "metrics", "parts", "ragged"],

@@ -96,9 +96,13 @@ def step(
     scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
     call.value, call.features = value.data_ptr(), _address(features)
     # A name in profiles; one that nobody reads would take as long as a small step's checks.
-    with record_function("fomaml_fused::native") if torch.autograd._profiler_enabled() else nullcontext():
+    with record_function("fomaml_fused::native") if _profiling() else nullcontext():
         library().run_step(c.byref(call), scratch.data_ptr())
     return Outcome(value, features, gradients)
+
+
+def _profiling() -> bool:
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
