@@ -316,6 +316,8 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
     one too, and without an error a gradient penalty would silently count as a constant.
     """
+    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
+        return backward(ctx, cotangent)
     with torch.no_grad():
         gradients = backward(ctx, cotangent)
     return once_differentiable(gradients, (cotangent, *ctx.inputs))
