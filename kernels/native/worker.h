@@ -68,7 +68,7 @@ class Worker {
         own.size = packed_size(of.in, of.out);
         own.weight = arena.take(s.block * own.size);
         if (several()) own.sum = arena.take(s.block * own.size);
-        largest = std::max(largest, packed_size(of.out, of.in));
+        own.turned = arena.take(s.block * packed_size(of.out, of.in));
       }
       if (s.weight_gradient(l)) own.weight_gradient = arena.take(of.out * own.in);
       if (s.bias_gradient(l)) own.bias_gradient = arena.take(own.out);
@@ -117,7 +117,7 @@ class Worker {
     float* slopes;                        // of the activation [rows, out]
     float *base, *gram;                   // of the first dual layer: H W^T [rows, out], and X X^T [rows, history]
     float *x, *d;                         // of dual layers: the history [tasks, history, in or out]
-    float *weight, *sum;                  // of primal ones: [tasks, in, out], packed; the step's sum over samples
+    float *weight, *turned, *sum;         // of primal ones: [tasks, in, out] and [tasks, out, in], packed; a step's sum
     float *bias, *bias_sum;               // [tasks, out]
     float *weight_gradient, *bias_gradient;  // of the query loss [out, in] and [out], summed over this thread's tasks
   };
@@ -145,7 +145,7 @@ class Worker {
     loss_gradient(s.loss, s.support, sample, nullptr);
     for (long l = s.depth - 1; l >= s.first; l--) {
       pull_back(l);
-      if (l > s.first) backward(l);
+      if (l > s.first) backward(l, sample == 0);
       update(l, sample);
       std::swap(d, next);
     }
@@ -158,7 +158,7 @@ class Worker {
     for (long l = s.depth - 1; l >= s.lowest; l--) {
       pull_back(l);
       add_gradient(l);
-      if (l > s.lowest || s.features) backward(l);
+      if (l > s.lowest || s.features) backward(l, sample == 0);
       std::swap(d, next);
     }
     fresh = s.lowest == s.depth;
@@ -239,8 +239,8 @@ class Worker {
       }
   }
 
-  // In `next` the gradients with respect to a layer's inputs, D W.
-  void backward(long l) {
+  // In `next` the gradients with respect to a layer's inputs, D W.  starts: these are the first samples since W moved.
+  void backward(long l, bool starts) {
     const Layer& of = s.layers[l];
     Own& own = this->own[l];
     bool primal = moved(l) && !of.dual;
@@ -250,9 +250,9 @@ class Worker {
       Left of_task{d + t * rows * own.out, own.out, 1};
       Target to(next + t * rows * own.in, own.in);
       if (primal) {
-        Target turned = packed(scratch, of.out, of.in);
+        Target turned = packed(own.turned + t * packed_size(of.out, of.in), of.out, of.in);
         Right own_weight = packed(weight(l, t), of.in, of.out);
-        for (long j = 0; j < of.out; j += PANEL)
+        for (long j = 0; starts && j < of.out; j += PANEL)
           transpose(of.in, std::min<long>(PANEL, of.out - j), Right(own_weight.at(0, j), own_weight.ld),
                     Target(turned.at(j, 0), turned.ld, turned.panel));
         product(rows, of.in, of.out, of_task, turned, NOTHING, to);
