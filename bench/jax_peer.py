@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from .peers import Gradients, Result
 from .workloads import Workload
 
 ROOT = Path(__file__).parent.parent
+REST = 0.2  # seconds after a step in which its process, whose threads go on for a while, disturbs nobody's turn
 
 
 def obstacle() -> str | None:
@@ -110,7 +112,9 @@ class JaxProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{warm_up}\n")
         self._process.stdin.flush()
-        return float(self._answer())
+        took = float(self._answer())
+        time.sleep(REST)
+        return took
 
     def close(self) -> None:
         """End the process and forget its files."""
