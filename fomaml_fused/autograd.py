@@ -129,8 +129,10 @@ class _MetaLoss(torch.autograd.Function):
         plan, support, query, share, parameters, compiled, wanted = job
         _, features_needed, *rest = ctx.needs_input_grad
         needs = iter(rest)
-        needed = (features_needed, *(p is not None and next(needs) for p in parameters)) if wanted else ()
-        needed = needed or (False,) * (1 + len(parameters))
+        # Of the query features, then of every parameter as it is listed.
+        needed = tuple(
+            wanted and need for need in (features_needed, *(p is not None and next(needs) for p in parameters))
+        )
         compiled = compiled and plan.engine == "batched"  # kernels are compiled already
         step = partial(compiled_engine.step if compiled else _engine(plan).step, plan, needed)
         if plan.engine in ("batched", "native") and support.x.device.type == "cpu":
@@ -316,8 +318,6 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
     one too, and without an error a gradient penalty would silently count as a constant.
     """
-    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
-        return backward(ctx, cotangent)
     with torch.no_grad():
         gradients = backward(ctx, cotangent)
     return once_differentiable(gradients, (cotangent, *ctx.inputs))
