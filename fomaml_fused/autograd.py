@@ -171,12 +171,12 @@ class _MetaLoss(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
-        saved = ctx.saved_tensors
-        if cotangent.dtype != ctx.compute_dtype:
+        found = ctx.saved_tensors
+        if not _is_one(cotangent):
             cotangent = cotangent.to(ctx.compute_dtype)
-        # One launch for all of them, where there are launches.
-        scaled = iter(torch._foreach_mul([g for g in saved if g is not None], cotangent))
-        found = [None if g is None else next(scaled) for g in saved]
+            # One launch for all of them, where there are launches.
+            scaled = iter(torch._foreach_mul([g for g in found if g is not None], cotangent))
+            found = [None if g is None else next(scaled) for g in found]
         return [g if g is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
 
 
@@ -328,6 +328,22 @@ def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) 
     if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
         return gradients
     return [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in gradients]
+
+
+def _is_one(cotangent: Tensor) -> bool:
+    """Whether saved gradients can be handed out as they are: on a CPU, where to look costs nothing, and only once."""
+    if cotangent.device.type != "cpu" or torch.compiler.is_compiling() or _keeps_graph():
+        return False
+    try:
+        return cotangent.item() == 1.0
+    except RuntimeError:  # it is being traced
+        return False
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward under way may be run again; where torch does not tell, it may."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 def _engine(plan: Plan) -> ModuleType:

@@ -15,6 +15,7 @@ from .problem import Problem
 
 DEEPEST = 64  # layers that the library has room for
 ROWS = 48  # a block of tasks should have as many, for their products to be ahead of the memory they read
+ROWS_IN_TURN = 12  # where threads take the next block whenever they are through: short ones, for all to end together
 MOST_ROWS = 256  # of a pass; what more of them leave does not stay in a core's cache
 LEAST_ROWS = 16  # of a task's query set at a time
 
@@ -35,13 +36,20 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
     rows = min(rows, max(sizes.shots, sizes.queries))
     if dual and rows < sizes.shots:
         return f"rows is {rows}, and a history is of all {sizes.shots} shots of a task"
-    block = _block(sizes, rows)
+    block = _block(sizes, rows, ROWS)
+    gathers = (
+        sizes.queries <= rows and _query_pass(problem, sizes) < -(-sizes.tasks // block) * problem.network.parameters
+    )
+    if gathers:
+        block = _block(sizes, rows, ROWS_IN_TURN)
     at_once = replace(shape, tasks=min(block * NATIVE.threads, sizes.tasks), queries=min(rows, sizes.queries))
     moving = enumerate(zip(problem.network.layers, layers, strict=True))
     held = sum(layer_bytes(layer, own.form, i == problem.inner.first_adapted, at_once) for i, (layer, own) in moving)
-    copies = (2 + NATIVE.threads) * problem.network.parameters * shape.itemsize  # packed weights, threads' gradients
-    if held + copies > told.memory_bound:
-        return f"it would hold {held + copies:.3g} bytes, over the bound of {told.memory_bound}"
+    # Packed weights; and the gradients of every thread, or what these are taken of in the end.
+    copies = 2 * problem.network.parameters
+    copies += _query_pass(problem, sizes) if gathers else NATIVE.threads * problem.network.parameters
+    if held + copies * shape.itemsize > told.memory_bound:
+        return f"it would hold {held + copies * shape.itemsize:.3g} bytes, over the bound of {told.memory_bound}"
     return Plan(
         problem=problem,
         sizes=sizes,
@@ -49,12 +57,13 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
         layers=layers,
         chunk=told.chunk or sizes.tasks,
         keeps_state=False,
-        memory=held + copies,
+        memory=held + copies * shape.itemsize,
         naive_memory=float(2 * sizes.tasks * problem.network.parameters * shape.itemsize),
         reason="compiled C++, by the cost model the fastest on a CPU" if told.engine is None else "as asked for",
         memory_bound=told.memory_bound,
         rows=rows,
         block=block,
+        gathers=gathers,
     )
 
 
@@ -101,8 +110,16 @@ def _plan_layer(problem: Problem, i: int, shape: Shape, told: Override) -> Layer
     return LayerPlan(min(forms, key=lambda form: estimates[form].seconds), tuple(estimates.items()))
 
 
-def _block(sizes: Sizes, rows: int) -> int:
+def _block(sizes: Sizes, rows: int, at_once: int) -> int:
     """Tasks that a thread takes at a time: enough for good products, in blocks that all threads have as many of."""
-    wanted = max(1, min(ROWS // max(sizes.shots, 1), MOST_ROWS // rows))
+    wanted = max(1, min(at_once // max(sizes.shots, 1), MOST_ROWS // rows))
     rounds = math.ceil(sizes.tasks / (wanted * NATIVE.threads))
     return math.ceil(sizes.tasks / (rounds * NATIVE.threads))
+
+
+def _query_pass(problem: Problem, sizes: Sizes) -> int:
+    """Numbers that the query pass of all tasks leaves: inputs of layers, and gradients of what these give.
+
+    An outer gradient of them all at once is worth it where every block of tasks would read and write a sum of more.
+    """
+    return sizes.tasks * sizes.queries * sum(layer.in_features + layer.out_features for layer in problem.network.layers)

@@ -65,6 +65,7 @@ class Plan:
         config: a kernel's warps and tiles.
         others: by name, plans that it was chosen over, or why there is none.
         block: tasks that a thread of the native engine takes at a time.
+        gathers: whether it takes the outer gradient of all tasks' query samples at once, behind the last one.
     """
 
     problem: Problem
@@ -82,6 +83,7 @@ class Plan:
     others: tuple[tuple[str, Plan | str], ...] = ()
     rows: int | None = None
     block: int | None = None
+    gathers: bool = False
 
     @property
     def forms(self) -> tuple[str, ...]:

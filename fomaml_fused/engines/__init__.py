@@ -61,6 +61,10 @@ class Planned(Hashable, Protocol):
         """Tasks that a thread of the native engine takes at a time."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether it takes the outer gradient of all tasks' query samples at once."""
+
+    @property
     def sizes(self) -> Sizes: ...
 
     @property

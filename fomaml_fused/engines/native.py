@@ -46,7 +46,10 @@ class _Samples(c.Structure):
 
 class _Step(c.Structure):
     _fields_ = (
-        *((name, c.c_int64) for name in ("tasks", "depth", "steps", "first", "lowest", "block", "rows", "threads")),
+        *(
+            (name, c.c_int64)
+            for name in ("tasks", "depth", "steps", "first", "lowest", "block", "rows", "threads", "gathers")
+        ),
         ("layers", c.c_void_p),
         ("parameters", c.c_void_p),
         ("gradients", c.c_void_p),
@@ -136,6 +139,7 @@ class _Prepared:
             block=plan.block,
             rows=plan.rows or max(sizes.shots, sizes.queries),
             threads=threads,
+            gathers=plan.gathers,
             layers=c.addressof(self.layers),
             rates=c.addressof(self.rates),
             loss=_loss(problem.loss),

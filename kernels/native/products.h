@@ -30,7 +30,9 @@ static inline Panels<Number> packed(Number* p, long rows, long columns) {
   return {p, ld, rows * PANEL};
 }
 
-template <int M, int N>
+constexpr long AHEAD = 16;  // rows of B that the first to read them fetches into the cache before
+
+template <bool FIRST, int M, int N>
 static inline void tile(Left a, const float* b, long ldb, long depth, const float* s, long lds, float* c, long ldc) {
   vec sum[M][N];
 #pragma GCC unroll 8
@@ -40,7 +42,10 @@ static inline void tile(Left a, const float* b, long ldb, long depth, const floa
   for (long k = 0; k < depth; k++) {
     vec right[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) right[j] = load(b + k * ldb + j * LANES);
+    for (int j = 0; j < N; j++) {
+      right[j] = load(b + k * ldb + j * LANES);
+      if (FIRST) __builtin_prefetch(b + (k + AHEAD) * ldb + j * LANES);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
       vec left = all(a.p[i * a.row + k * a.column]);
@@ -56,9 +61,11 @@ static inline void tile(Left a, const float* b, long ldb, long depth, const floa
 
 constexpr int ROWS = 6;  // of A at a time
 typedef void (*Tile)(Left, const float*, long, long, const float*, long, float*, long);
-#define TILES(M) {tile<M, 1>, tile<M, 2>, tile<M, 3>, tile<M, 4>}
-static const Tile TILE[ROWS][4] = {TILES(1), TILES(2), TILES(3), TILES(4), TILES(5), TILES(6)};
-#undef TILES
+#define WIDTHS(F, M) {tile<F, M, 1>, tile<F, M, 2>, tile<F, M, 3>, tile<F, M, 4>}
+#define HEIGHTS(F) {WIDTHS(F, 1), WIDTHS(F, 2), WIDTHS(F, 3), WIDTHS(F, 4), WIDTHS(F, 5), WIDTHS(F, 6)}
+static const Tile TILE[2][ROWS][4] = {HEIGHTS(false), HEIGHTS(true)};
+#undef HEIGHTS
+#undef WIDTHS
 
 // C [m, n] = S + A [m, k] B [k, n]; S may be C, and n is padded: what lies behind column n is computed as well.
 static inline void product(long m, long n, long k, Left a, Right b, Right s, Target c) {
@@ -70,7 +77,7 @@ static inline void product(long m, long n, long k, Left a, Right b, Right s, Tar
     for (long g = 0, i = 0; g < groups; g++) {
       long end = m * (g + 1) / groups;  // groups alike, for few rows leave few sums under way
       Left rows{a.p + i * a.row, a.row, a.column};
-      TILE[end - i - 1][vectors - 1](rows, b.at(0, j), b.ld, k, s.p ? s.at(i, j) : nullptr, s.ld, c.at(i, j), c.ld);
+      TILE[g == 0][end - i - 1][vectors - 1](rows, b.at(0, j), b.ld, k, s.p ? s.at(i, j) : nullptr, s.ld, c.at(i, j), c.ld);
       i = end;
     }
   }

@@ -5,6 +5,7 @@
 // form they are built from the first step on. What a few tasks need stays in the cache of the core that has them.
 #include <omp.h>
 
+#include <atomic>
 #include <vector>
 
 #include "worker.h"
@@ -23,6 +24,7 @@ void run_step(const Step* s, char* scratch) {
   Arena arena{scratch};
   Shared shared(*s, arena);
   long blocks = (s->tasks + s->block - 1) / s->block;
+  std::atomic<long> next{0};
   std::vector<Worker*> workers;
   for (long i = 0; i < s->threads; i++) workers.push_back(new Worker(*s, shared, arena));
 #pragma omp parallel num_threads(s->threads)
@@ -30,14 +32,19 @@ void run_step(const Step* s, char* scratch) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     shared.pack(*s, thread, threads);
 #pragma omp barrier
-    for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
+    // Where each thread sums the gradients of its tasks, which tasks these are must not depend on who is faster.
+    long end = s->gathers ? blocks : blocks * (thread + 1) / threads;
+    for (long b = s->gathers ? next++ : blocks * thread / threads; b < end; b = s->gathers ? next++ : b + 1) {
       long start = b * s->block;
       workers[thread]->run(start, std::min(s->block, s->tasks - start));
     }
 #pragma omp barrier
-    for (long l = s->lowest; l < s->depth; l++) {
-      long rows = s->layers[l].out;
-      Worker::reduce(*s, workers.data(), workers.size(), l, rows * thread / threads, rows * (thread + 1) / threads);
+    for (long l = s->lowest, turn = 0; l < s->depth; l++) {
+      const Layer& of = s->layers[l];
+      for (long column = 0; s->gathers && column < of.in; column += PANEL)
+        if (turn++ % threads == thread) workers[thread]->gather(l, column);
+      if (!s->gathers)
+        Worker::reduce(*s, workers.data(), workers.size(), l, of.out * thread / threads, of.out * (thread + 1) / threads);
     }
   }
   double value = 0.0;

@@ -25,6 +25,7 @@ struct Step {
   int64_t block;    // tasks that a thread takes at a time
   int64_t rows;     // samples of each of them that it takes at a time
   int64_t threads;
+  int64_t gathers;  // whether the outer gradient is taken of all tasks' query samples at once, behind the last one
   const Layer* layers;
   const float* const* parameters;  // of each layer the weight [out, in] and the bias [out], which may be missing
   float* const* gradients;         // alike; missing where they are not asked for

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 // Lanes of a vector register, and how many registers there are for a product's sums and operands.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, PANEL = 64;
@@ -29,20 +33,29 @@ static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec all(float x) { return x - vec{}; }
 static inline vec bits(ints v) { return (vec)v; }
 
+// All bits of the first n lanes, n < LANES.
+static inline ints before(long n) {
+  ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  return lane < (int32_t)n;
+}
+
 // The first n of them, and zeros.
 static inline vec load_first(const float* p, long n) {
   if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+#elif defined(__AVX__)
+  return _mm256_maskload_ps(p, (__m256i)before(n));
+#else
   vec v{};
   for (long i = 0; i < n; i++) v[i] = p[i];
   return v;
+#endif
 }
 
 // Its first n numbers, and zeros.
-static inline vec first(long n, vec v) {
-  ints lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
-  return lane < (int32_t)(n < LANES ? n : LANES) ? v : vec{};
-}
+static inline vec first(long n, vec v) { return n >= LANES ? v : before(n) ? v : vec{}; }
 
 static inline vec smaller(vec a, vec b) { return b < a ? b : a; }  // of (a, b); a where one is nan
 static inline vec larger(vec a, vec b) { return b > a ? b : a; }

@@ -8,15 +8,17 @@
 #include "step.h"
 
 constexpr int DEEPEST = 64;  // layers that a network may have
+constexpr long CACHED = 96;  // samples of a panel that stay in a core's innermost cache
 
 // Rows of a power of two would all fall on a few sets of the cache.
 static long row_size(long columns) { return padded(columns) + PAD; }
 
-// What all threads read: the weights as products take them, and each task's loss.
+// What all threads read: the weights as products take them, and each task's loss; what the query pass of all tasks left.
 struct Shared {
   Target forward[DEEPEST], backward[DEEPEST];  // [in, out] and [out, in], packed
   float* bias[DEEPEST];                        // padded; missing where there is none
   float* losses;                               // [tasks]
+  float *h[DEEPEST], *d[DEEPEST];  // inputs of layers, and gradients with respect to pre-activations [tasks, samples, *]
 
   Shared(const Step& s, Arena& arena) {
     for (long l = 0; l < s.depth; l++) {
@@ -26,6 +28,11 @@ struct Shared {
       bias[l] = s.bias(l) ? arena.take(padded(of.out)) : nullptr;
     }
     losses = arena.take(s.tasks);
+    for (long l = 0; l < s.depth; l++) {
+      bool gathers = s.gathers && l >= s.lowest;
+      h[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(s.layers[l].in)) : nullptr;
+      d[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(s.layers[l].out)) : nullptr;
+    }
   }
 
   // Pack the layers whose turn it is of one of the threads.
@@ -49,13 +56,13 @@ class Worker {
  public:
   Worker(const Step& s, const Shared& shared, Arena& arena) : s(s), shared(shared) {
     long most = 0, largest = 0, rows = s.block * std::max(least(s.support), least(s.query));
-    h[0] = arena.take(rows * row_size(s.layers[0].in));
+    own_h[0] = arena.take(rows * row_size(s.layers[0].in));
     for (long l = 0; l < s.depth; l++) {
       const Layer& of = s.layers[l];
       Own& own = this->own[l];
       own.in = row_size(of.in), own.out = row_size(of.out);
       most = std::max({most, own.in, own.out});
-      h[l + 1] = arena.take(rows * own.out);
+      own_h[l + 1] = arena.take(rows * own.out);
       own.slopes = arena.take(rows * own.out);
       if (of.moves_bias) own.bias = arena.take(s.block * own.out), own.bias_sum = arena.take(s.block * own.out);
       if (of.moves_weight && of.dual) {
@@ -70,28 +77,53 @@ class Worker {
         if (several()) own.sum = arena.take(s.block * own.size);
         own.turned = arena.take(s.block * packed_size(of.out, of.in));
       }
+      if (s.gathers) continue;
       if (s.weight_gradient(l)) own.weight_gradient = arena.take(of.out * own.in);
       if (s.bias_gradient(l)) own.bias_gradient = arena.take(own.out);
     }
     d = arena.take(rows * most), next = arena.take(rows * most), scratch = arena.take(largest);
+    panel = s.gathers ? arena.take(most * PANEL) : nullptr;
   }
 
   // Some tasks from the first: their losses, and what they add to the gradients.
   void run(long start, long count) {
     task = start, tasks = count;
+    std::copy(own_h, own_h + s.depth + 1, h);
     for (step = 0; step < s.steps && s.first < s.depth; step++)
       for (long i = 0; i < s.support.samples; i += rows) {
         rows = std::min(s.support.samples - i, s.rows);
         inner_step(i);
       }
     for (long t = 0; t < tasks; t++) shared.losses[task + t] = 0.0f;
+    for (long l = s.lowest; s.gathers && l < s.depth; l++) h[l] = shared.h[l] + start * s.query.samples * own[l].in;
     for (long i = 0; i < s.query.samples; i += rows) {
       rows = std::min(s.query.samples - i, s.rows);
       query_pass(i);
     }
   }
 
-  // Rows [start, end) of a layer's gradient: the sum of all workers', in their order.
+  // Of a layer's gradient a panel of columns, from what the query pass of all tasks left: of D^T H.
+  void gather(long l, long column) const {
+    float *weights = s.weight_gradient(l), *biases = s.bias_gradient(l);
+    long in = s.layers[l].in, out = s.layers[l].out, columns = std::min<long>(PANEL, in - column);
+    long samples = s.tasks * s.query.samples, parts = (samples + CACHED - 1) / CACHED;
+    const float *d = shared.d[l], *h = shared.h[l] + column;
+    Target sum(panel, PANEL);
+    for (long part = 0; weights && part < parts; part++) {
+      long k = samples * part / parts, end = samples * (part + 1) / parts;
+      product(out, columns, end - k, {d + k * own[l].out, 1, own[l].out}, Right(h + k * own[l].in, own[l].in),
+              part ? Right(sum) : NOTHING, sum);
+    }
+    for (long i = 0; weights && i < out; i++)
+      std::memcpy(weights + i * in + column, sum.at(i, 0), columns * sizeof(float));
+    for (long j = 0; biases && column == 0 && j < out; j += LANES) {
+      vec total{};
+      for (long k = 0; k < samples; k++) total += load(d + k * own[l].out + j);
+      std::memcpy(biases + j, &total, sizeof(float) * std::min<long>(LANES, out - j));
+    }
+  }
+
+  // The same where each worker has the sum of its own tasks: of all workers', in their order.
   static void reduce(const Step& s, const Worker* const* workers, long count, long l, long start, long end) {
     float *weights = s.weight_gradient(l), *biases = s.bias_gradient(l);
     long in = s.layers[l].in;
@@ -125,8 +157,8 @@ class Worker {
   const Step& s;
   const Shared& shared;
   Own own[DEEPEST] = {};
-  float* h[DEEPEST + 1];        // the inputs of each layer [tasks, rows, in], and the outputs
-  float *d, *next, *scratch;    // gradients with respect to what a layer gives, and takes
+  float *h[DEEPEST + 1], *own_h[DEEPEST + 1];  // the inputs of each layer [tasks, rows, in], and the outputs
+  float *d, *next, *scratch, *panel;           // gradients with respect to what a layer gives, and takes
   long task, tasks, rows, step; // the tasks under way; samples of each; inner steps that are behind them
   bool fresh = true;            // whether gradients have not been summed yet
 
@@ -144,8 +176,8 @@ class Worker {
     for (long l = s.first; l < s.depth; l++) forward(l, false);
     loss_gradient(s.loss, s.support, sample, nullptr);
     for (long l = s.depth - 1; l >= s.first; l--) {
-      pull_back(l);
-      if (l > s.first) backward(l, sample == 0);
+      pull_back(l, d);
+      if (l > s.first) backward(l, d, sample == 0);
       update(l, sample);
       std::swap(d, next);
     }
@@ -156,9 +188,10 @@ class Worker {
     for (long l = 0; l < s.depth; l++) forward(l, true);
     loss_gradient(s.outer_loss, s.query, sample, shared.losses);
     for (long l = s.depth - 1; l >= s.lowest; l--) {
-      pull_back(l);
-      add_gradient(l);
-      if (l > s.lowest || s.features) backward(l, sample == 0);
+      float* e = s.gathers ? shared.d[l] + task * rows * own[l].out : d;
+      pull_back(l, e);
+      if (!s.gathers) add_gradient(l);
+      if (l > s.lowest || s.features) backward(l, e, sample == 0);
       std::swap(d, next);
     }
     fresh = s.lowest == s.depth;
@@ -231,23 +264,23 @@ class Worker {
   }
 
   // Gradients with respect to a layer's outputs become those with respect to its pre-activations.
-  void pull_back(long l) {
+  void pull_back(long l, float* e) {
     for (long i = 0; i < tasks * rows; i++)
       for (long j = 0; j < s.layers[l].out; j += LANES) {
         long at = i * own[l].out + j;
-        store(d + at, load(d + at) * load(own[l].slopes + at));
+        store(e + at, load(d + at) * load(own[l].slopes + at));
       }
   }
 
   // In `next` the gradients with respect to a layer's inputs, D W.  starts: these are the first samples since W moved.
-  void backward(long l, bool starts) {
+  void backward(long l, const float* e, bool starts) {
     const Layer& of = s.layers[l];
     Own& own = this->own[l];
     bool primal = moved(l) && !of.dual;
     if (!primal)
-      product(tasks * rows, of.in, of.out, {d, own.out, 1}, shared.backward[l], NOTHING, Target(next, own.in));
+      product(tasks * rows, of.in, of.out, {e, own.out, 1}, shared.backward[l], NOTHING, Target(next, own.in));
     for (long t = 0; t < tasks && moved(l); t++) {
-      Left of_task{d + t * rows * own.out, own.out, 1};
+      Left of_task{e + t * rows * own.out, own.out, 1};
       Target to(next + t * rows * own.in, own.in);
       if (primal) {
         Target turned = packed(own.turned + t * packed_size(of.out, of.in), of.out, of.in);
@@ -265,20 +298,26 @@ class Worker {
 
   float* weight(long l, long t) { return own[l].weight + t * own[l].size; }
 
-  // The part of an inner step that some samples have in a layer: `d` is used up.
+  // The part of an inner step that some samples have in a layer.
   void update(long l, long sample) {
     const Layer& of = s.layers[l];
     Own& own = this->own[l];
-    float rate = -s.rates[step * s.depth + l];
-    for (long i = 0; i < tasks * rows; i++)
-      for (long j = 0; j < of.out; j += LANES) store(d + i * own.out + j, rate * load(d + i * own.out + j));
     bool starts = sample == 0, ends = sample + rows == s.support.samples;
     for (long t = 0; t < tasks; t++) {
-      const float *x = h[l] + t * rows * own.in, *e = d + t * rows * own.out;
+      const float* x = h[l] + t * rows * own.in;
+      float* e = d + t * rows * own.out;
+      scale(l, e);
       if (of.moves_bias) move_bias(l, t, e, starts, ends);
       if (of.moves_weight && of.dual) collapses(l) ? sum_history(l, t, x, e) : append(l, t, x, e);
       if (of.moves_weight && !of.dual) move_weight(l, t, x, e, starts, ends);
     }
+  }
+
+  // D, which nobody needs any more, times minus the learning rate.
+  void scale(long l, float* e) {
+    float rate = -s.rates[step * s.depth + l];
+    for (long i = 0; i < rows; i++)
+      for (long j = 0; j < s.layers[l].out; j += LANES) store(e + i * own[l].out + j, rate * load(e + i * own[l].out + j));
   }
 
   void move_bias(long l, long t, const float* e, bool starts, bool ends) {
