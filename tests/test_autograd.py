@@ -119,9 +119,20 @@ def test_a_graph_can_be_walked_twice() -> None:
     meta, batch = setup()
     for reduction in ("mean", "none"):
         loss = meta(**batch, reduction=reduction).sum()
-        first = torch.autograd.grad(loss, list(meta.parameters()), retain_graph=True)
+        handed_out = torch.autograd.grad(loss, list(meta.parameters()), retain_graph=True)
+        first = [g.clone() for g in handed_out]
+        for g in handed_out:
+            g.zero_()  # it is the caller's own
         second = torch.autograd.grad(loss, list(meta.parameters()))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_are_times_the_cotangent() -> None:
+    meta, batch = setup()
+    once = torch.autograd.grad(meta(**batch), list(meta.parameters()))
+    scaled = torch.autograd.grad(-3.0 * meta(**batch), list(meta.parameters()))
+    for g, threefold in zip(once, scaled, strict=True):
+        torch.testing.assert_close(threefold, -3.0 * g)
 
 
 def test_changing_parameters_before_a_backward_that_needs_them_is_an_error() -> None:

@@ -140,6 +140,31 @@ def test_blocks_and_threads_change_nothing_but_rounding(forms: str, block: int, 
         torch.testing.assert_close(actual, value, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("widths", [(3, 17, 5, 3), (70, 130, 3), (64, 65, 128, 2)], ids=str)
+def test_the_gradient_of_all_tasks_at_once_is_the_same_whoever_takes_which(
+    widths: tuple[int, ...], threads: int
+) -> None:
+    case = Case(widths=widths, tasks=13, shots=2, queries=15, steps=2, activation="tanh")
+    plan, step = planned(case)
+    together = replace(plan, gathers=True, block=13)
+    expected = numbers(step(together))
+    for actual, value in zip(numbers(step(replace(together, gathers=False))), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=2e-5, atol=2e-6)
+    torch.set_num_threads(threads)
+    for block in (1, 2, 5):
+        assert all(map(torch.equal, numbers(step(replace(together, block=block))), expected))
+
+
+def test_gradients_are_taken_at_once_where_sums_of_them_are_larger_than_what_they_are_taken_of() -> None:
+    sizes = {"shots": 5, "queries": 5}
+    large = Case(widths=(784, 256, 128, 64, 64, 5), tasks=32, **sizes)
+    assert planned(large)[0].gathers
+    assert not planned(replace(large, queries=40, tasks=128))[0].gathers
+    assert not planned(Case(widths=(3, 17, 5, 3), tasks=32, **sizes))[0].gathers
+    check(replace(large, tasks=9))
+
+
 @pytest.mark.parametrize("forms", FORMS)
 def test_results_repeat_bit_by_bit(forms: str) -> None:
     torch.set_num_threads(3)
