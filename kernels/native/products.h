@@ -1,6 +1,8 @@
 // Products of small matrices, C = S + A B: rows of A times PANEL columns of B at a time, sums in registers.
 #pragma once
 
+#include <utility>
+
 #include "vectors.h"
 
 // Of a left factor the element (i, k) is p[i * row + k * column], so that a transposed matrix is one too.
@@ -84,15 +86,19 @@ static inline void product(long m, long n, long k, Left a, Right b, Right s, Tar
 }
 
 // Two vectors with halves of runs of 2 * DISTANCE lanes exchanged: what both have at lanes without that bit, and with it.
+template <int DISTANCE, int... LANE>
+static inline void exchange(vec a, vec b, vec& low, vec& high, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...);
+  high = __builtin_shufflevector(a, b, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...);
+#else
+  low = __builtin_shuffle(a, b, ints{(LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...});
+  high = __builtin_shuffle(a, b, ints{(LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...});
+#endif
+}
 template <int DISTANCE>
 static inline void exchange(vec a, vec b, vec& low, vec& high) {
-  ints without, with;
-  for (int i = 0; i < LANES; i++) {
-    without[i] = i & DISTANCE ? LANES + i - DISTANCE : i;
-    with[i] = i & DISTANCE ? LANES + i : i + DISTANCE;
-  }
-  low = __builtin_shuffle(a, b, without);
-  high = __builtin_shuffle(a, b, with);
+  exchange<DISTANCE>(a, b, low, high, std::make_integer_sequence<int, LANES>());
 }
 
 template <int DISTANCE = 1>
