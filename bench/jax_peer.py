@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fomaml_fused.tasks import TaskBatch
 
+from .cores import own_cores
 from .jax_step import Settings, as_numpy, load_jax, meta_step, numbered
 from .peers import Gradients, Result
 from .workloads import Workload
@@ -89,7 +90,7 @@ class JaxProcess:
         np.savez(folder / "inputs.npz", **inputs)
         # Its environment has packages of its own, which ours must not hide.
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        with (folder / "said").open("w") as said:
+        with (folder / "said").open("w") as said, own_cores():
             self._process = subprocess.Popen(
                 [python, "-m", "bench.jax_step", str(folder)],
                 cwd=ROOT,

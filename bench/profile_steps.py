@@ -31,6 +31,7 @@ from fomaml_fused.text import scaled
 from fomaml_fused.train.files import save_json
 
 from .contenders import seconds
+from .cores import own_cores
 from .peers import Step, ours
 from .summaries import quartiles
 from .test_workloads import environment
@@ -129,7 +130,8 @@ def profiled(name: str, *, compiled: bool) -> dict[str, Any]:
 def first_call(name: str) -> dict[str, Any]:
     """Seconds of the first step in a fresh process, and the median of later ones."""
     program = [sys.executable, "-c", FIRST_CALL, name, str(torch.get_num_threads())]
-    done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    with own_cores():
+        done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=PATIENCE)
     first, _, *later = json.loads(done.stdout)
     return {"workload": name, "first_s": first, "later_s": statistics.median(later)}
 

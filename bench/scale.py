@@ -61,7 +61,7 @@ class Limits:
         rounds: at least and at most, whatever the budget, of a step that takes less than `slow` seconds; else one.
     """
 
-    patience: float = 8.0
+    patience: float = 20.0
     memory: float = 4e9
     budget: float = 1.0
     rounds: tuple[int, int] = (3, 30)

@@ -21,6 +21,7 @@ import torch
 import fomaml_fused as ff
 
 from .contenders import InProcess, seconds
+from .cores import own_cores
 from .peers import Step, vmap_grad
 from .regret import Case
 from .workloads import Workload
@@ -116,7 +117,8 @@ class Point:
         self._pipe, theirs = context.Pipe()
         told = (theirs, curve, base, workload, torch.get_num_threads())
         self._process = context.Process(target=partial(serve, *told), daemon=True)
-        self._process.start()
+        with own_cores():
+            self._process.start()
         theirs.close()
         try:
             self.peak_bytes, self.first = self._answer()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+from .cores import own_cores
 from .test_workloads import environment
 from .workloads import WORKLOADS
 
@@ -27,7 +28,8 @@ print(json.dumps({{"before": held, "peak": resource.getrusage(resource.RUSAGE_SE
 
 def test_peak_memory(benchmark: Any) -> None:
     def run() -> dict[str, float]:
-        done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
+        with own_cores():
+            done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
         found: dict[str, float] = json.loads(done.stdout)
         return found
 

@@ -157,11 +157,10 @@ def test_the_gradient_of_all_tasks_at_once_is_the_same_whoever_takes_which(
 
 
 def test_gradients_are_taken_at_once_where_sums_of_them_are_larger_than_what_they_are_taken_of() -> None:
-    sizes = {"shots": 5, "queries": 5}
-    large = Case(widths=(784, 256, 128, 64, 64, 5), tasks=32, **sizes)
+    large = Case(widths=(784, 256, 128, 64, 64, 5), tasks=32, shots=5, queries=5)
     assert planned(large)[0].gathers
     assert not planned(replace(large, queries=40, tasks=128))[0].gathers
-    assert not planned(Case(widths=(3, 17, 5, 3), tasks=32, **sizes))[0].gathers
+    assert not planned(replace(large, widths=(3, 17, 5, 3)))[0].gathers
     check(replace(large, tasks=9))
 
 
