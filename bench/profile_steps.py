@@ -163,8 +163,9 @@ def render_first_calls(found: dict[str, Any]) -> str:
     for row in found["first_calls"]:
         added = row["first_s"] - row["later_s"]
         over = "" if added <= GOAL else f", over the goal of {scaled(GOAL, 's')}"
+        told = scaled(added, "s") if added > 0 else "less than calls differ"
         times = [scaled(row[part], "s") for part in ("first_s", "later_s")]
-        lines.append(f"| {row['workload']} | {' | '.join(times)} | {scaled(added, 's')}{over} |")
+        lines.append(f"| {row['workload']} | {' | '.join(times)} | {told}{over} |")
     return "\n".join(lines)
 
 
