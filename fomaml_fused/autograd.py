@@ -154,6 +154,7 @@ class _MetaLoss(torch.autograd.Function):
                 if kept is not None:
                     counts.append(kept)
         ctx.inputs, ctx.compute_dtype = (query_x, *present), compute_dtype(support.x.dtype)
+        ctx.native = plan.engine == "native"
         ctx.dtypes = [t.dtype if t is not None else None for t in ctx.inputs]
         dx = None if query_x is None else _whole(features, query_x, needed[0])
         outer = _zeros_for_none(outer, parameters, needed[1:])
@@ -172,7 +173,8 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
         found = ctx.saved_tensors
-        if not _is_one(cotangent):
+        # What the native engine found is on a CPU, where to look at a cotangent costs nothing, and nobody else's.
+        if not (ctx.native and _is_one(cotangent)):
             cotangent = cotangent.to(ctx.compute_dtype)
             # One launch for all of them, where there are launches.
             scaled = iter(torch._foreach_mul([g for g in found if g is not None], cotangent))
@@ -331,8 +333,8 @@ def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) 
 
 
 def _is_one(cotangent: Tensor) -> bool:
-    """Whether saved gradients can be handed out as they are: on a CPU, where to look costs nothing, and only once."""
-    if cotangent.device.type != "cpu" or torch.compiler.is_compiling() or _keeps_graph():
+    """Whether saved gradients can be handed out as they are, for they are times one and will not be asked for again."""
+    if torch.compiler.is_compiling() or _keeps_graph():
         return False
     try:
         return cotangent.item() == 1.0

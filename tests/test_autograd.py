@@ -115,10 +115,12 @@ def test_gradients_accumulate_over_calls() -> None:
         torch.testing.assert_close(parameter.grad, 2 * gradient)
 
 
-def test_a_graph_can_be_walked_twice() -> None:
-    meta, batch = setup()
+@pytest.mark.parametrize("engine", ["batched", "native"])
+def test_a_graph_can_be_walked_twice(engine: str) -> None:
+    meta, batch = setup(dtype=torch.float32)
     for reduction in ("mean", "none"):
-        loss = meta(**batch, reduction=reduction).sum()
+        with ff.override(engine=engine):
+            loss = meta(**batch, reduction=reduction).sum()
         handed_out = torch.autograd.grad(loss, list(meta.parameters()), retain_graph=True)
         first = [g.clone() for g in handed_out]
         for g in handed_out:
@@ -127,10 +129,12 @@ def test_a_graph_can_be_walked_twice() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_gradients_are_times_the_cotangent() -> None:
-    meta, batch = setup()
-    once = torch.autograd.grad(meta(**batch), list(meta.parameters()))
-    scaled = torch.autograd.grad(-3.0 * meta(**batch), list(meta.parameters()))
+@pytest.mark.parametrize("engine", ["batched", "native"])
+def test_gradients_are_times_the_cotangent(engine: str) -> None:
+    meta, batch = setup(dtype=torch.float32)
+    with ff.override(engine=engine):
+        once = torch.autograd.grad(meta(**batch), list(meta.parameters()))
+        scaled = torch.autograd.grad(-3.0 * meta(**batch), list(meta.parameters()))
     for g, threefold in zip(once, scaled, strict=True):
         torch.testing.assert_close(threefold, -3.0 * g)
 
