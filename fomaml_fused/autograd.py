@@ -174,7 +174,7 @@ class _MetaLoss(torch.autograd.Function):
     def _gradients(ctx: Any, cotangent: Tensor) -> Gradients:
         found = ctx.saved_tensors
         # What the native engine found is on a CPU, where to look at a cotangent costs nothing, and nobody else's.
-        if not (ctx.native and _is_one(cotangent)):
+        if not (ctx.native and not _keeps_graph() and _is_one(cotangent)):
             cotangent = cotangent.to(ctx.compute_dtype)
             # One launch for all of them, where there are launches.
             scaled = iter(torch._foreach_mul([g for g in found if g is not None], cotangent))
@@ -333,12 +333,9 @@ def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) 
 
 
 def _is_one(cotangent: Tensor) -> bool:
-    """Whether saved gradients can be handed out as they are, for they are times one and will not be asked for again."""
-    if torch.compiler.is_compiling() or _keeps_graph():
-        return False
     try:
         return cotangent.item() == 1.0
-    except RuntimeError:  # it is being traced
+    except RuntimeError:  # it is a batch of them
         return False
 
 

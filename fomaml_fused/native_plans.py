@@ -37,19 +37,18 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
     if dual and rows < sizes.shots:
         return f"rows is {rows}, and a history is of all {sizes.shots} shots of a task"
     block = _block(sizes, rows, ROWS)
-    gathers = (
-        sizes.queries <= rows and _query_pass(problem, sizes) < -(-sizes.tasks // block) * problem.network.parameters
-    )
+    parameters, left = problem.network.parameters, _query_pass(problem, sizes)
+    # An outer gradient of all tasks at once is worth it where every block would read and write a sum of more.
+    gathers = sizes.queries <= rows and left < math.ceil(sizes.tasks / block) * parameters
     if gathers:
         block = _block(sizes, rows, ROWS_IN_TURN)
     at_once = replace(shape, tasks=min(block * NATIVE.threads, sizes.tasks), queries=min(rows, sizes.queries))
     moving = enumerate(zip(problem.network.layers, layers, strict=True))
     held = sum(layer_bytes(layer, own.form, i == problem.inner.first_adapted, at_once) for i, (layer, own) in moving)
     # Packed weights; and the gradients of every thread, or what these are taken of in the end.
-    copies = 2 * problem.network.parameters
-    copies += _query_pass(problem, sizes) if gathers else NATIVE.threads * problem.network.parameters
-    if held + copies * shape.itemsize > told.memory_bound:
-        return f"it would hold {held + copies * shape.itemsize:.3g} bytes, over the bound of {told.memory_bound}"
+    held += (2 * parameters + (left if gathers else NATIVE.threads * parameters)) * shape.itemsize
+    if held > told.memory_bound:
+        return f"it would hold {held:.3g} bytes, over the bound of {told.memory_bound}"
     return Plan(
         problem=problem,
         sizes=sizes,
@@ -57,8 +56,8 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
         layers=layers,
         chunk=told.chunk or sizes.tasks,
         keeps_state=False,
-        memory=held + copies * shape.itemsize,
-        naive_memory=float(2 * sizes.tasks * problem.network.parameters * shape.itemsize),
+        memory=held,
+        naive_memory=float(2 * sizes.tasks * parameters * shape.itemsize),
         reason="compiled C++, by the cost model the fastest on a CPU" if told.engine is None else "as asked for",
         memory_bound=told.memory_bound,
         rows=rows,
@@ -118,8 +117,5 @@ def _block(sizes: Sizes, rows: int, at_once: int) -> int:
 
 
 def _query_pass(problem: Problem, sizes: Sizes) -> int:
-    """Numbers that the query pass of all tasks leaves: inputs of layers, and gradients of what these give.
-
-    An outer gradient of them all at once is worth it where every block of tasks would read and write a sum of more.
-    """
+    """Numbers that the query pass of all tasks leaves: inputs of layers, and gradients of what these give."""
     return sizes.tasks * sizes.queries * sum(layer.in_features + layer.out_features for layer in problem.network.layers)

@@ -33,18 +33,21 @@ void run_step(const Step* s, char* scratch) {
     shared.pack(*s, thread, threads);
 #pragma omp barrier
     // Where each thread sums the gradients of its tasks, which tasks these are must not depend on who is faster.
+    auto turn = [&](long b) { return s->gathers ? next++ : b; };
     long end = s->gathers ? blocks : blocks * (thread + 1) / threads;
-    for (long b = s->gathers ? next++ : blocks * thread / threads; b < end; b = s->gathers ? next++ : b + 1) {
+    for (long b = turn(blocks * thread / threads); b < end; b = turn(b + 1)) {
       long start = b * s->block;
       workers[thread]->run(start, std::min(s->block, s->tasks - start));
     }
 #pragma omp barrier
-    for (long l = s->lowest, turn = 0; l < s->depth; l++) {
+    for (long l = s->lowest, panel = 0; l < s->depth; l++) {
       const Layer& of = s->layers[l];
-      for (long column = 0; s->gathers && column < of.in; column += PANEL)
-        if (turn++ % threads == thread) workers[thread]->gather(l, column);
-      if (!s->gathers)
+      if (!s->gathers) {
         Worker::reduce(*s, workers.data(), workers.size(), l, of.out * thread / threads, of.out * (thread + 1) / threads);
+        continue;
+      }
+      for (long column = 0; column < of.in; column += PANEL, panel++)
+        if (panel % threads == thread) workers[thread]->gather(l, column);
     }
   }
   double value = 0.0;

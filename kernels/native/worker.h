@@ -13,6 +13,12 @@ constexpr long CACHED = 96;  // samples of a panel that stay in a core's innermo
 // Rows of a power of two would all fall on a few sets of the cache.
 static long row_size(long columns) { return padded(columns) + PAD; }
 
+// What there is, and one vector of each of some rows.
+static vec plus_rows(vec total, const float* p, long rows, long ld) {
+  for (long i = 0; i < rows; i++) total += load(p + i * ld);
+  return total;
+}
+
 // What all threads read: the weights as products take them, and each task's loss; what the query pass of all tasks left.
 struct Shared {
   Target forward[DEEPEST], backward[DEEPEST];  // [in, out] and [out, in], packed
@@ -26,13 +32,11 @@ struct Shared {
       forward[l] = packed(arena.take(packed_size(of.in, of.out)), of.in, of.out);
       backward[l] = packed(arena.take(packed_size(of.out, of.in)), of.out, of.in);
       bias[l] = s.bias(l) ? arena.take(padded(of.out)) : nullptr;
+      bool gathers = s.gathers && l >= s.lowest;
+      h[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(of.in)) : nullptr;
+      d[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(of.out)) : nullptr;
     }
     losses = arena.take(s.tasks);
-    for (long l = 0; l < s.depth; l++) {
-      bool gathers = s.gathers && l >= s.lowest;
-      h[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(s.layers[l].in)) : nullptr;
-      d[l] = gathers ? arena.take(s.tasks * s.query.samples * row_size(s.layers[l].out)) : nullptr;
-    }
   }
 
   // Pack the layers whose turn it is of one of the threads.
@@ -117,8 +121,7 @@ class Worker {
     for (long i = 0; weights && i < out; i++)
       std::memcpy(weights + i * in + column, sum.at(i, 0), columns * sizeof(float));
     for (long j = 0; biases && column == 0 && j < out; j += LANES) {
-      vec total{};
-      for (long k = 0; k < samples; k++) total += load(d + k * own[l].out + j);
+      vec total = plus_rows(vec{}, d + j, samples, own[l].out);
       std::memcpy(biases + j, &total, sizeof(float) * std::min<long>(LANES, out - j));
     }
   }
@@ -298,34 +301,27 @@ class Worker {
 
   float* weight(long l, long t) { return own[l].weight + t * own[l].size; }
 
-  // The part of an inner step that some samples have in a layer.
+  // The part of an inner step that some samples have in a layer: `d` is used up.
   void update(long l, long sample) {
     const Layer& of = s.layers[l];
     Own& own = this->own[l];
+    float rate = -s.rates[step * s.depth + l];
+    for (long i = 0; i < tasks * rows; i++)
+      for (long j = 0; j < of.out; j += LANES) store(d + i * own.out + j, rate * load(d + i * own.out + j));
     bool starts = sample == 0, ends = sample + rows == s.support.samples;
     for (long t = 0; t < tasks; t++) {
-      const float* x = h[l] + t * rows * own.in;
-      float* e = d + t * rows * own.out;
-      scale(l, e);
+      const float *x = h[l] + t * rows * own.in, *e = d + t * rows * own.out;
       if (of.moves_bias) move_bias(l, t, e, starts, ends);
       if (of.moves_weight && of.dual) collapses(l) ? sum_history(l, t, x, e) : append(l, t, x, e);
       if (of.moves_weight && !of.dual) move_weight(l, t, x, e, starts, ends);
     }
   }
 
-  // D, which nobody needs any more, times minus the learning rate.
-  void scale(long l, float* e) {
-    float rate = -s.rates[step * s.depth + l];
-    for (long i = 0; i < rows; i++)
-      for (long j = 0; j < s.layers[l].out; j += LANES) store(e + i * own[l].out + j, rate * load(e + i * own[l].out + j));
-  }
-
   void move_bias(long l, long t, const float* e, bool starts, bool ends) {
     Own& own = this->own[l];
     float *sum = own.bias_sum + t * own.out, *bias = own.bias + t * own.out;
     for (long j = 0; j < s.layers[l].out; j += LANES) {
-      vec total = starts ? vec{} : load(sum + j);
-      for (long i = 0; i < rows; i++) total += load(e + i * own.out + j);
+      vec total = plus_rows(starts ? vec{} : load(sum + j), e + j, rows, own.out);
       store(sum + j, total);
       if (ends) store(bias + j, total + load((step ? bias : shared.bias[l]) + j));
     }
@@ -372,9 +368,8 @@ class Worker {
       product(of.out, of.in, tasks * rows, {d, 1, own.out}, Right(h[l], own.in), fresh ? NOTHING : Right(sum), sum);
     }
     for (long j = 0; own.bias_gradient && j < of.out; j += LANES) {
-      vec total = fresh ? vec{} : load(own.bias_gradient + j);
-      for (long i = 0; i < tasks * rows; i++) total += load(d + i * own.out + j);
-      store(own.bias_gradient + j, total);
+      vec before = fresh ? vec{} : load(own.bias_gradient + j);
+      store(own.bias_gradient + j, plus_rows(before, d + j, tasks * rows, own.out));
     }
   }
 };
