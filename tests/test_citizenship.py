@@ -178,7 +178,9 @@ def test_memory_may_be_laid_out_in_any_way(engine: str, kind: str) -> None:
             for p in meta.parameters():
                 p.data = strange(p.data, kind)
         found = results(meta, {name: strange(value, kind) for name, value in batch.items()})
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # In which order a BLAS sums depends on how its operands lie; what kernels read lies as they ask for it.
+    rounding = 1e-6 if engine == "batched" else 0.0
+    assert all(relative_error(a, b) <= rounding for a, b in zip(found, expected, strict=True))
 
 
 def test_parameters_elsewhere_than_the_data_are_named() -> None:

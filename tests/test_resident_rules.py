@@ -16,9 +16,10 @@ import fomaml_fused as ff
 from fomaml_fused.batch import Query, Sizes, Support
 from fomaml_fused.planner import make_plan
 
-from .cases import Case, Solution, assert_no_worse_than_twice, flat, relative_error
+from .cases import Case, flat, relative_error
 from .kernel_contract import INTERPRETED, check, watched
 from .on_kernels import by_kernels, kernel_device, on_device
+from .with_rules import check_adapted_tasks
 
 pytest.importorskip("triton")
 
@@ -110,25 +111,8 @@ def test_every_precision(rule: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_predictions_by_every_rule(rule: str) -> None:
-    """With their gradients under a cotangent."""
-    case = replace(BASE, **RULES[rule], shots=20 if len(rule) % 2 else 7, queries=20, weighted=True)
-    exact = predicted(case, "reference", torch.float64)
-    own, found = predicted(case, "reference", torch.float32), predicted(case, "triton", torch.float32)
-    assert_no_worse_than_twice(found, [own], exact)
-
-
-def predicted(case: Case, backend: str, dtype: torch.dtype) -> Solution:
-    device = kernel_device() if backend == "triton" else torch.device("cpu")
-    meta = case.meta(case.model(dtype).to(device), backend)
-    case = replace(case, outer="fomaml")  # whose batches have query sets
-    batch = {name: t.detach().to(device) for name, t in case.batch(dtype).items()}
-    x = batch["query_x"].requires_grad_()
-    outputs = meta.predict(batch["support_x"], batch["support_y"], x, support_weight=batch["support_weight"])
-    cotangent = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    parameters = {"query_x": x, **dict(meta.named_parameters())}
-    found = torch.autograd.grad(outputs, list(parameters.values()), cotangent.to(outputs))
-    return Solution({"outputs": outputs.detach()} | {f"d/d {n}": g for n, g in zip(parameters, found, strict=True)})
+def test_adapted_tasks(rule: str) -> None:
+    check_adapted_tasks(replace(BASE, **RULES[rule], shots=20 if len(rule) % 2 else 7, queries=20, weighted=True))
 
 
 def stepped(case: Case, model: nn.Module, batch: dict[str, Tensor], needed: bool = True) -> Outcome:

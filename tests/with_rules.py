@@ -14,6 +14,7 @@ from torch import Tensor
 import fomaml_fused as ff
 
 from .cases import Case, Solution, assert_no_worse_than_twice, cases, relative_error
+from .on_kernels import kernel_device
 
 
 def in_turn(engines: Sequence[str], rules: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -73,19 +74,22 @@ def solved(meta: ff.FOMAML, batch: dict[str, Tensor], reduction: str) -> dict[st
 
 
 def predicted(case: Case, backend: str, dtype: torch.dtype) -> Solution:
-    meta = case.meta(case.model(dtype), backend)
-    batch = replace(case, outer="fomaml").batch(dtype)
-    outputs = meta.predict(batch["support_x"], batch["support_y"], batch["query_x"])
-    inputs = {"query_x": batch["query_x"], **dict(meta.named_parameters())}
+    device = kernel_device() if backend == "triton" else torch.device("cpu")
+    meta = case.meta(case.model(dtype).to(device), backend)
+    batch = replace(case, outer="fomaml").batch(dtype)  # whose batches have query sets
+    support = {name: values.to(device) for name, values in batch.items() if name.startswith("support_")}
+    query_x = batch["query_x"].detach().to(device).requires_grad_()
+    outputs = meta.predict(**support, query_x=query_x)
+    inputs = {"query_x": query_x, **dict(meta.named_parameters())}
     found = torch.autograd.grad(outputs, list(inputs.values()), directions(outputs))
     gradients = {f"outputs d/d {name}": g for name, g in zip(inputs, found, strict=True)}
-    fast = meta.adapt(batch["support_x"], batch["support_y"]).weights()
+    fast = meta.adapt(**support).weights()
     return rated_apart(Solution({"outputs": outputs.detach()} | gradients | {f"fast {n}": w for n, w in fast.items()}))
 
 
 def directions(outputs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.dtype)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
 
 
 def check_adapted_tasks(case: Case) -> None:
