@@ -155,7 +155,6 @@ class _MetaLoss(torch.autograd.Function):
                     counts.append(kept)
         ctx.inputs, ctx.compute_dtype = (query_x, *present), compute_dtype(support.x.dtype)
         ctx.native = plan.engine == "native"
-        ctx.dtypes = [t.dtype if t is not None else None for t in ctx.inputs]
         dx = None if query_x is None else _whole(features, query_x, needed[0])
         outer = _zeros_for_none(outer, parameters, needed[1:])
         ctx.save_for_backward(dx, *(g for g, p in zip(outer, parameters, strict=True) if p is not None))
@@ -179,7 +178,7 @@ class _MetaLoss(torch.autograd.Function):
             # One launch for all of them, where there are launches.
             scaled = iter(torch._foreach_mul([g for g in found if g is not None], cotangent))
             found = [None if g is None else next(scaled) for g in found]
-        return [g if g is None or g.dtype == dtype else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)]
+        return _as_dtypes(found, ctx.inputs)
 
 
 class _Predict(torch.autograd.Function):
@@ -320,6 +319,8 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
     one too, and without an error a gradient penalty would silently count as a constant.
     """
+    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
+        return backward(ctx, cotangent)
     with torch.no_grad():
         gradients = backward(ctx, cotangent)
     return once_differentiable(gradients, (cotangent, *ctx.inputs))
@@ -327,7 +328,7 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
 
 def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) -> Gradients:
     """What a backward returns, computed from `sources`; to differentiate it again is an error."""
-    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
+    if not torch.is_grad_enabled():
         return gradients
     return [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in gradients]
 
@@ -415,8 +416,11 @@ def _whole(chunks: Sequence[Tensor | None], x: Tensor, needed: bool) -> Tensor |
     return _joined(found) if found else torch.zeros_like(x) if needed else None
 
 
-def _as_dtypes(gradients: Gradients, inputs: Sequence[Tensor | None]) -> Gradients:
-    return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)]
+def _as_dtypes(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:
+    return [
+        None if g is None or t is None else g if g.dtype == t.dtype else g.to(t.dtype)
+        for g, t in zip(gradients, inputs, strict=True)
+    ]
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:

@@ -36,6 +36,8 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
     rows = min(rows, max(sizes.shots, sizes.queries))
     if dual and rows < sizes.shots:
         return f"rows is {rows}, and a history is of all {sizes.shots} shots of a task"
+    if told.chunk is not None and told.chunk < sizes.tasks:
+        return f"chunk is {told.chunk}, and it takes all {sizes.tasks} tasks in one call"
     block = _block(sizes, rows, ROWS)
     parameters, left = problem.network.parameters, _query_pass(problem, sizes)
     # An outer gradient of all tasks at once is worth it where every block would read and write a sum of more.
@@ -54,7 +56,7 @@ def native_plan(problem: Problem, sizes: Sizes, told: Override) -> Plan | str:
         sizes=sizes,
         engine="native",
         layers=layers,
-        chunk=told.chunk or sizes.tasks,
+        chunk=sizes.tasks,
         keeps_state=False,
         memory=held,
         naive_memory=float(2 * sizes.tasks * parameters * shape.itemsize),

@@ -243,6 +243,7 @@ def test_what_else_it_does_not_take() -> None:
     for told, reason in (
         ({"forms": ("dual:1", "primal")}, "forms that fold"),
         ({"forms": ("dual", "primal"), "rows": 4}, "rows is 4"),
+        ({"chunk": 2}, "chunk is 2"),
         ({"memory_bound": 1000}, "over the bound of 1000"),
     ):
         with ff.override(engine="native", **told), pytest.raises(ValueError, match=reason):

@@ -9,6 +9,7 @@ import ctypes as c
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ..inner import PARTS
 from ..problem import ACTIVATIONS, LOSSES, Loss
 from . import FlatParameters, Gradients, Outcome, Planned
 from .native_library import library
+
+T = TypeVar("T")
 
 _KINDS = list(ACTIVATIONS)  # their order is that of `enum Activation`
 
@@ -40,28 +43,19 @@ class _Loss(c.Structure):
     _fields_ = (("kind", c.c_int), ("delta", c.c_float), ("smoothing", c.c_float))
 
 
-class _Samples(c.Structure):
-    _fields_ = (("samples", c.c_int64), ("x", c.c_void_p), ("y", c.c_void_p), ("weight", c.c_void_p))
-
-
-class _Step(c.Structure):
+class _Plan(c.Structure):
     _fields_ = (
         *(
             (name, c.c_int64)
-            for name in ("tasks", "depth", "steps", "first", "lowest", "block", "rows", "threads", "gathers")
+            for name in (
+                *("tasks", "shots", "queries", "depth", "steps"),
+                *("first", "lowest", "block", "rows", "threads", "gathers"),
+            )
         ),
         ("layers", c.c_void_p),
-        ("parameters", c.c_void_p),
-        ("gradients", c.c_void_p),
         ("rates", c.c_void_p),
         ("loss", _Loss),
         ("outer_loss", _Loss),
-        ("support", _Samples),
-        ("query", _Samples),
-        ("shares", c.c_void_p),
-        ("share", c.c_float),
-        ("value", c.c_void_p),
-        ("features", c.c_void_p),
     )
 
 
@@ -76,45 +70,29 @@ def step(
     """As `batched.step`, of all tasks of a batch."""
     assert query is not None
     prepared = _prepared(plan, tuple(needed), torch.get_num_threads())
-    held = [_dense(parameters[i]) for i in prepared.places]
+    shares, each = (share, 1.0) if isinstance(share, Tensor) else (None, share)
+    sets = (support.x, support.y, support.weight, query.x, query.y, query.weight)
+    given = (*sets, shares, *prepared.of_layers(parameters))
+    # What is not dense is copied, and the copy held until the call is over.
+    dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in given]
+
+    value = torch.empty((), dtype=torch.float32)
+    features = torch.empty(query.x.shape, dtype=torch.float32) if needed[0] else None
     gradients: Gradients = [None] * len(parameters)
     for i in prepared.wanted:
         gradients[i] = torch.empty(parameters[i].shape, dtype=torch.float32)  # type: ignore[union-attr]
-    read = prepared.pointers(*map(_address, held))
-    write = prepared.pointers(*(_address(gradients[i]) for i in prepared.places))
-
-    call = _Step.from_buffer_copy(prepared.step)
-    call.tasks, call.parameters, call.gradients = support.x.shape[0], c.addressof(read), c.addressof(write)
-    for samples, own in ((call.support, support), (call.query, query)):
-        sets = _dense(own.x), _dense(own.y), _dense(own.weight)
-        samples.x, samples.y, samples.weight = map(_address, sets)
-        held += sets
-    if isinstance(share, Tensor):
-        held.append(_dense(share))
-        call.shares = _address(held[-1])
-    else:
-        call.share = share
-    value = torch.empty((), dtype=torch.float32)
-    features = torch.empty(query.x.shape, dtype=torch.float32) if needed[0] else None
     scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
-    call.value, call.features = value.data_ptr(), _address(features)
+
+    tensors = (*dense, *prepared.of_layers(gradients), value, features)
+    addresses = prepared.addresses(*[None if t is None else t.data_ptr() for t in tensors])
     # A name in profiles; one that nobody reads would take as long as a small step's checks.
     with record_function("fomaml_fused::native") if _profiling() else nullcontext():
-        library().run_step(c.byref(call), scratch.data_ptr())
+        prepared.run(prepared.plan, addresses, each, scratch.data_ptr())
     return Outcome(value, features, gradients)
 
 
 def _profiling() -> bool:
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or a copy with its numbers one behind the other."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class _Prepared:
@@ -126,12 +104,12 @@ class _Prepared:
         # Where engines list weights and biases, and those of them whose gradient is asked for.
         self.places = [i for i in range(len(needed) - 1) if PARTS[i % len(PARTS)] in ("weight", "bias")]
         self.wanted = [i for i in self.places if needed[1 + i]]
-        self.pointers = c.c_void_p * len(self.places)
-        self.layers = (_Layer * depth)(*(_layer(plan, i) for i in range(depth)))
         rates = [rate for row in inner.rates for rate in row]
-        self.rates = (c.c_float * len(rates))(*rates)
-        self.step = _Step(
+        self.held = (_Layer * depth)(*(_layer(plan, i) for i in range(depth))), (c.c_float * len(rates))(*rates)
+        own = _Plan(
             tasks=sizes.tasks,
+            shots=sizes.shots,
+            queries=sizes.queries,
             depth=depth,
             steps=inner.steps,
             first=inner.first_adapted,
@@ -140,20 +118,22 @@ class _Prepared:
             rows=plan.rows or max(sizes.shots, sizes.queries),
             threads=threads,
             gathers=plan.gathers,
-            layers=c.addressof(self.layers),
-            rates=c.addressof(self.rates),
+            layers=c.addressof(self.held[0]),
+            rates=c.addressof(self.held[1]),
             loss=_loss(problem.loss),
             outer_loss=_loss(problem.outer_loss),
-            support=_Samples(sizes.shots),
-            query=_Samples(sizes.queries),
-            features=int(needed[0]) or None,
         )
-        # Any address but none, to count what is there.
+        self.plan = c.byref(own)
+        # In the order of `struct Step`, as `step` puts the tensors; here any address but none tells what there is.
         there = [part in layer.parts for layer in problem.network.layers for part in ("weight", "bias")]
-        parameters = self.pointers(*(int(is_there) or None for is_there in there))
-        gradients = self.pointers(*(int(needed[1 + i]) or None for i in self.places))
-        self.step.parameters, self.step.gradients = c.addressof(parameters), c.addressof(gradients)
-        self.scratch = library().scratch_size(c.byref(self.step))
+        some = (*[True] * 7, *there, *self.of_layers(needed[1:]), True, needed[0])
+        self.addresses = c.c_void_p * len(some)
+        self.run = library().run_step
+        self.scratch = library().scratch_size(self.plan, self.addresses(*[int(is_there) or None for is_there in some]))
+
+    def of_layers(self, listed: Sequence[T]) -> list[T]:
+        """Of what engines list, that of weights and biases."""
+        return [listed[i] for i in self.places]
 
 
 @lru_cache(maxsize=256)

@@ -48,9 +48,9 @@ def library() -> ctypes.CDLL:
         _compile(compiler, path)
     found = ctypes.CDLL(str(path))
     found.scratch_size.restype = ctypes.c_int64
-    found.scratch_size.argtypes = [ctypes.c_void_p]
+    found.scratch_size.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     found.run_step.restype = None
-    found.run_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    found.run_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p]
     return found
 
 
