@@ -18,6 +18,7 @@ import torch
 import fomaml_fused as ff
 
 from .contenders import ENTRANTS, TOLERANCE, WARM_UP, InProcess, Race, in_process
+from .cores import processor
 from .peers import disagreement, oracle, ours
 from .workloads import TIMED, WORKLOADS
 
@@ -68,8 +69,9 @@ def test_meta_step(name: str, benchmark: Any) -> None:
 
 def environment() -> dict[str, str | int]:
     """Device and versions that a figure depends on."""
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "device": ", ".join(filter(None, ("CPU", processor(), f"{os.cpu_count()} cores", capability))),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
