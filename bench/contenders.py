@@ -22,8 +22,8 @@ from .library_peers import LIBRARIES, version_of
 from .peers import PEERS, Result, Step, disagreement
 from .workloads import Workload
 
-WARM_UP = 0.02  # seconds of each contender in its turn, at least one step
-PATIENCE = 5.0  # a contender whose step takes longer runs once
+WARM_UP = 0.02  # seconds of each contender in its turn, by whole steps
+PATIENCE = 5.0  # a contender whose step takes longer is timed once
 TOLERANCE = 1e-4  # float32 gradients of different orders of summation; what differs more is not the same step
 
 
@@ -36,7 +36,7 @@ class Contender(Protocol):
         """What one step finds."""
 
     def timed(self, warm_up: float) -> float:
-        """Seconds of one step after steps for `warm_up` seconds, at least one."""
+        """Seconds of one step, after steps for `warm_up` seconds."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -54,7 +54,6 @@ class InProcess:
 
     def warm_up(self, for_seconds: float) -> None:
         end = time.perf_counter() + for_seconds
-        self.step()
         while time.perf_counter() < end:
             self.step()
 
@@ -68,16 +67,13 @@ class InProcess:
 
 @dataclass(frozen=True)
 class Peer:
-    """How a contender is made, why it cannot take part, and whether its first step compiles, which does not count."""
+    """How a contender is made, and why it cannot take part."""
 
     make: Callable[[Workload, nn.Module, TaskBatch], Contender]
     obstacle: Callable[[], str | None] = lambda: None
-    compiles: bool = False
 
 
-def in_process(
-    adapter: Callable[[Workload, nn.Module, TaskBatch], Step], *, needs: str | None = None, compiles: bool = False
-) -> Peer:
+def in_process(adapter: Callable[[Workload, nn.Module, TaskBatch], Step], *, needs: str | None = None) -> Peer:
     """The peer of an adapter, which imports what it needs."""
 
     def obstacle() -> str | None:
@@ -86,13 +82,13 @@ def in_process(
     def make(workload: Workload, model: nn.Module, batch: TaskBatch) -> Contender:
         return InProcess(adapter(workload, model, batch), None if needs is None else version_of(needs))
 
-    return Peer(make, obstacle, compiles)
+    return Peer(make, obstacle)
 
 
 ENTRANTS: dict[str, Peer] = {
-    **{name: in_process(adapter, compiles="compile" in name) for name, adapter in PEERS.items()},
+    **{name: in_process(adapter) for name, adapter in PEERS.items()},
     **{name: in_process(adapter, needs=module) for name, (module, adapter) in LIBRARIES.items()},
-    "jax jit(vmap(grad))": Peer(jax_peer.JaxProcess, jax_peer.process_obstacle, compiles=True),
+    "jax jit(vmap(grad))": Peer(jax_peer.JaxProcess, jax_peer.process_obstacle),
 }
 
 
@@ -126,13 +122,11 @@ class Race:
         with self._reported(name):
             # Of the model a copy: what a peer does to it is not ours to suffer.
             contender = self._running[name] = peer.make(self.workload, copy.deepcopy(self.model), self.batch)
-            start = time.perf_counter()
             error = disagreement(contender.result(), self.expected)
-            took = time.perf_counter() - start
             if error > TOLERANCE:
                 raise DisagreementError(f"its loss or gradient differs by {error:.1e} of ours")
-            slow = took > PATIENCE and not peer.compiles
-            self.times[name] = [took if slow else contender.timed(0.0)]
+            # The step before was the first, which loads libraries and compiles.
+            self.times[name] = [contender.timed(0.0)]
             if contender.version is not None:
                 self.versions[name] = contender.version
         if self.times.get(name, [0.0])[0] > PATIENCE:

@@ -109,7 +109,7 @@ class JaxProcess:
         return _as_torch(self._model, numbered(np.load(Path(self._folder.name) / "result.npz"), "found"))
 
     def timed(self, warm_up: float) -> float:
-        """Seconds of one step after steps for `warm_up` seconds, at least one."""
+        """Seconds of one step after steps for `warm_up` seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{warm_up}\n")
         self._process.stdin.flush()

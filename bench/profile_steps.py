@@ -46,6 +46,7 @@ ACTIVATIONS = frozenset(
 CATEGORIES = ("products", "activations", "fused", "native", "other ops", "outside of ops")
 BUDGET = 1.0  # seconds for the steps that are timed, and as long for those that are profiled
 STEPS = (5, 100)  # of them at least and at most
+PROCESSES = 5  # for a first call each, of which two differ by more than what it adds where a step takes long
 PATIENCE = 120.0  # seconds that a process has for its first call
 GOAL = 0.05  # seconds that a first call may add
 
@@ -128,12 +129,16 @@ def profiled(name: str, *, compiled: bool) -> dict[str, Any]:
 
 
 def first_call(name: str) -> dict[str, Any]:
-    """Seconds of the first step in a fresh process, and the median of later ones."""
+    """Seconds of the first step in a fresh process and of later ones, medians over some processes."""
     program = [sys.executable, "-c", FIRST_CALL, name, str(torch.get_num_threads())]
-    with own_cores():
-        done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=PATIENCE)
-    first, _, *later = json.loads(done.stdout)
-    return {"workload": name, "first_s": first, "later_s": statistics.median(later)}
+    firsts, laters = [], []
+    for _ in range(PROCESSES):
+        with own_cores():
+            done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=PATIENCE)
+        first, _, *later = json.loads(done.stdout)
+        firsts.append(first)
+        laters.append(statistics.median(later))
+    return {"workload": name, "first_s": statistics.median(firsts), "later_s": statistics.median(laters)}
 
 
 def render(found: dict[str, Any]) -> str:

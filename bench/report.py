@@ -133,6 +133,7 @@ def render(summary: dict[str, Any]) -> str:
 # By the name of a place in the pages: where its content is stored, and what shows it.
 PLACES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "workloads": (STORED, render),
+    "workloads on another processor": (RESULTS / "cpu-2-cores-other.json", render),
     "scale": (scale.STORED, scale.render),
     "slopes": (scale.STORED, scale.render_slopes),
     "profile": (profile_steps.STORED, profile_steps.render),

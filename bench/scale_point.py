@@ -20,7 +20,7 @@ import torch
 
 import fomaml_fused as ff
 
-from .contenders import InProcess, seconds
+from .contenders import InProcess
 from .cores import own_cores
 from .peers import Step, vmap_grad
 from .regret import Case
@@ -94,8 +94,7 @@ def serve(pipe: Connection, curve: Curve, base: Workload, workload: Workload, th
         pipe.send((high_water() - before, time.perf_counter() - start))
         timed = InProcess(step).timed
         while True:
-            warm_up = pipe.recv()
-            pipe.send(timed(warm_up) if warm_up else seconds(step))
+            pipe.send(timed(pipe.recv()))
     except EOFError:
         return
     except Exception as error:

@@ -45,7 +45,7 @@ def test_meta_step(name: str, benchmark: Any) -> None:
         for peer, entrant in ENTRANTS.items():
             race.enter(peer, entrant)
         # Behind the peers, one of which forgets what was compiled before it.
-        race.enter(COMPILED, in_process(partial(ours, compile=True), compiles=True))
+        race.enter(COMPILED, in_process(partial(ours, compile=True)))
         own = InProcess(step)
         took = own.timed(WARM_UP)
         a_round = sum(race.turns()) + max(WARM_UP, took) + took

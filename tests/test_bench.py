@@ -1,6 +1,7 @@
 """Benchmarks cannot rot: every workload builds, every peer takes our step, the report says what was measured."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import jax_peer
+from bench import contenders, jax_peer
 from bench.contenders import ENTRANTS, Peer, Race, in_process
 from bench.jax_peer import JaxProcess
 from bench.peers import Step, disagreement, oracle, ours, vmap_grad
@@ -105,6 +106,22 @@ def test_who_disagrees_or_raises_is_named_and_never_timed() -> None:
     assert race.failed["raises"] == "ValueError: no such thing"
     assert race.failed["a little off"].startswith("DisagreementError: its loss or gradient differs by 1.0e-03")
     assert set(race.failed) == set(spoils) - {"right"}
+
+
+def test_a_first_step_that_takes_long_is_nobody_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "PATIENCE", 0.2)
+    calls: list[str] = []
+
+    def loads(result: Any) -> Any:
+        if len(calls) == 1:
+            time.sleep(0.3)
+        return result
+
+    with closing(race_on(WORKLOADS["sine"])) as race:
+        race.enter("loads", counted(vmap_grad, calls, "loads", loads))
+        race.run()
+    assert len(race.times["loads"]) == 2
+    assert max(race.times["loads"]) < 0.2
 
 
 def test_who_raises_in_a_later_turn_is_timed_no_more() -> None:
