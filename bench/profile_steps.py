@@ -132,12 +132,12 @@ def first_call(name: str) -> dict[str, Any]:
     """Seconds of the first step in a fresh process and of later ones, medians over some processes."""
     program = [sys.executable, "-c", FIRST_CALL, name, str(torch.get_num_threads())]
     firsts, laters = [], []
-    for _ in range(PROCESSES):
-        with own_cores():
+    with own_cores():
+        for _ in range(PROCESSES):
             done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=PATIENCE)
-        first, _, *later = json.loads(done.stdout)
-        firsts.append(first)
-        laters.append(statistics.median(later))
+            first, _, *later = json.loads(done.stdout)
+            firsts.append(first)
+            laters.append(statistics.median(later))
     return {"workload": name, "first_s": statistics.median(firsts), "later_s": statistics.median(laters)}
 
 

@@ -319,16 +319,15 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients], ctx: Any,
     `torch.autograd.function.once_differentiable` does so only if the cotangent asks for a gradient. Parameters ask for
     one too, and without an error a gradient penalty would silently count as a constant.
     """
-    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
-        return backward(ctx, cotangent)
-    with torch.no_grad():
+    # To turn off what is off would take as long as the backward of a small step.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         gradients = backward(ctx, cotangent)
     return once_differentiable(gradients, (cotangent, *ctx.inputs))
 
 
 def once_differentiable(gradients: Gradients, sources: Sequence[Tensor | None]) -> Gradients:
     """What a backward returns, computed from `sources`; to differentiate it again is an error."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # autograd enables gradients in a backward exactly under create_graph
         return gradients
     return [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in gradients]
 

@@ -45,13 +45,8 @@ class _Loss(c.Structure):
 
 class _Plan(c.Structure):
     _fields_ = (
-        *(
-            (name, c.c_int64)
-            for name in (
-                *("tasks", "shots", "queries", "depth", "steps"),
-                *("first", "lowest", "block", "rows", "threads", "gathers"),
-            )
-        ),
+        *((name, c.c_int64) for name in ("tasks", "shots", "queries", "depth", "steps")),
+        *((name, c.c_int64) for name in ("first", "lowest", "block", "rows", "threads", "gathers")),
         ("layers", c.c_void_p),
         ("rates", c.c_void_p),
         ("loss", _Loss),
@@ -104,8 +99,9 @@ class _Prepared:
         # Where engines list weights and biases, and those of them whose gradient is asked for.
         self.places = [i for i in range(len(needed) - 1) if PARTS[i % len(PARTS)] in ("weight", "bias")]
         self.wanted = [i for i in self.places if needed[1 + i]]
+        self.layers = (_Layer * depth)(*(_layer(plan, i) for i in range(depth)))
         rates = [rate for row in inner.rates for rate in row]
-        self.held = (_Layer * depth)(*(_layer(plan, i) for i in range(depth))), (c.c_float * len(rates))(*rates)
+        self.rates = (c.c_float * len(rates))(*rates)
         own = _Plan(
             tasks=sizes.tasks,
             shots=sizes.shots,
@@ -118,8 +114,8 @@ class _Prepared:
             rows=plan.rows or max(sizes.shots, sizes.queries),
             threads=threads,
             gathers=plan.gathers,
-            layers=c.addressof(self.held[0]),
-            rates=c.addressof(self.held[1]),
+            layers=c.addressof(self.layers),
+            rates=c.addressof(self.rates),
             loss=_loss(problem.loss),
             outer_loss=_loss(problem.outer_loss),
         )

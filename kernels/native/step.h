@@ -1,4 +1,4 @@
-// What a caller hands over; `engines/native.py` has the same structures in Python.
+// What a caller hands over: structures that `engines/native.py` has in Python too, and where the tensors of a call are.
 #pragma once
 
 #include "losses.h"
