@@ -17,11 +17,11 @@ test: .venv/dev lint ## lint, types and tests
 
 test-virtual-gpu: .venv/dev ## kernel tests on an emulator of GPUs: VIRTUAL_GPU=folder of its pytest plugin `virtual_gpu`
 	for arch in $(ARCHS); do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
-		$(BIN)/python -m pytest -n 2 -p virtual_gpu --kernels=driver tests/test_resident.py tests/test_dual.py tests/test_primal.py tests/test_counted.py || exit; done
+		$(BIN)/python -m pytest -n 2 -p virtual_gpu --kernels=driver tests/test_resident.py tests/test_dual.py tests/test_packs.py tests/test_primal.py tests/test_counted.py || exit; done
 
 test-triton-versions: .venv/dev .venv/triton-3.6.0 .venv/triton-newest ## kernel tests under the oldest, pinned and newest Triton
 	for triton in triton-3.6.0 . triton-newest; do PYTHONPATH=.venv/$$triton TRITON_CACHE_DIR=.venv/cache/$$triton \
-		$(BIN)/python -m pytest -n 2 tests/test_resident.py tests/test_dual.py tests/test_primal.py tests/test_interpreter.py || exit; done
+		$(BIN)/python -m pytest -n 2 tests/test_resident.py tests/test_dual.py tests/test_packs.py tests/test_primal.py tests/test_interpreter.py || exit; done
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check

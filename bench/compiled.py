@@ -46,6 +46,7 @@ class Case:
         precision: of products.
         predicts: whether `predict` is compiled too, or the meta-step alone.
         options: of `FOMAML`, further ones.
+        ragged: whether tasks have unequal numbers of samples, and share packs.
         targets: devices that the engine takes it on; all that have the precision, unless they have too little memory.
     """
 
@@ -54,6 +55,7 @@ class Case:
     precision: str
     predicts: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    ragged: bool = False
     targets: tuple[str, ...] = tuple(DEVICES)
 
     def meta(self) -> ff.FOMAML:
@@ -102,6 +104,8 @@ def _cases() -> list[Case]:
         *(Case(omniglot, "dual", precision, predicts=True) for precision in precisions),
         *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
         *(Case(layered, "layered", precision) for precision in precisions[:3]),
+        *(Case(replace(crowd, name="ragged"), "dual", precision, ragged=True) for precision in precisions[:3]),
+        Case(replace(layered, name="ragged"), "layered", "tf32", ragged=True),
         Case(folding, "layered", "tf32"),
         *(Case(WORKLOADS["meta_siren"], "chained", precision) for precision in ("tf32", "bf16")),
         *(Case(policy, "chained", precision, predicts=True) for precision in precisions[:3]),
@@ -116,9 +120,10 @@ CASES = _cases()
 @cache
 def launches(case: Case, target: str) -> dict[str, Launch]:
     """What the public calls launch, by name; of a name that comes again, with arguments left out, the first."""
-    meta, batch = case.meta(), case.workload.batch()
-    with recorded(target) as found, ff.override(engine=case.engine):
-        meta(*batch).backward()
+    meta, batch, workload = case.meta(), case.workload.batch(), case.workload
+    counts = {"support_counts": [1 + t % workload.shots for t in range(workload.tasks)]} if case.ragged else {}
+    with recorded(target) as found, ff.override(engine=case.engine, packs=case.ragged):
+        meta(*batch, **counts).backward()
         if case.predicts:
             meta.predict(*batch[:3]).sum().backward()
     names = [case.name(launch) for launch in found]

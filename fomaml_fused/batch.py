@@ -18,6 +18,7 @@ class Sizes:
     Attributes:
         shots, queries: support and query samples of a task.
         each_step: whether every inner step has support samples of its own.
+        packed: whether tasks are packs, of samples of several tasks of unequal sizes.
     """
 
     tasks: int
@@ -26,6 +27,7 @@ class Sizes:
     dtype: torch.dtype
     device: torch.device
     each_step: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tasks", "shots", "queries"):
@@ -38,11 +40,16 @@ class Support:
     """Support sets: `x` [T, S, in], `y` [T, S] class indices or [T, S, out], `weight` [T, S] or None.
 
     Or one of each at every inner step: [T, K, S, in], [T, K, S] or [T, K, S, out], [T, K, S].
+
+    Attributes:
+        owner: in packs of tasks, each of which counts as a task above, the task that a sample is of [T, S], int32. Then
+            weights are parts: those of a task's samples add up to what the task counts.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    owner: Tensor | None = None
 
     @property
     def each_step(self) -> bool:
@@ -53,11 +60,13 @@ class Support:
         """Some of the tasks, as views."""
         if which == slice(0, self.x.shape[0]):
             return self
-        return Support(self.x[which], self.y[which], None if self.weight is None else self.weight[which])
+        weight, owner = (None if w is None else w[which] for w in (self.weight, self.owner))
+        return Support(self.x[which], self.y[which], weight, owner)
 
     def clone(self) -> Support:
         """A copy that later changes of the tensors do not touch."""
-        return Support(self.x.clone(), self.y.clone(), None if self.weight is None else self.weight.clone())
+        weight, owner = (None if w is None else w.clone() for w in (self.weight, self.owner))
+        return Support(self.x.clone(), self.y.clone(), weight, owner)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Query:
     Attributes:
         task_weight: [T] or None.
         step_weights: what the query loss after each inner step counts, [K]; None for the last one alone.
+        owner: [T, Q], as of `Support`.
     """
 
     x: Tensor
@@ -74,13 +84,16 @@ class Query:
     weight: Tensor | None = None
     task_weight: Tensor | None = None
     step_weights: tuple[float, ...] | None = None
+    owner: Tensor | None = None
 
     def tasks(self, which: slice) -> Query:
         """Some of the tasks, as views."""
         if which == slice(0, self.x.shape[0]):
             return self
-        weight, task_weight = (None if w is None else w[which] for w in (self.weight, self.task_weight))
-        return Query(self.x[which], self.y[which], weight, task_weight, self.step_weights)
+        weight, task_weight, owner = (
+            None if w is None else w[which] for w in (self.weight, self.task_weight, self.owner)
+        )
+        return Query(self.x[which], self.y[which], weight, task_weight, self.step_weights, owner)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

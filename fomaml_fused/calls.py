@@ -24,7 +24,7 @@ from .parts import Part, fused_loss, in_steps, mean_of_left, task_losses
 from .planner import make_plan
 from .plans import Plan
 from .problem import Problem
-from .ragged import Counts, TaskCounts, factor_of, plan_groups, query_of, read_counts, support_of
+from .ragged import Counts, TaskCounts, factor_of, plan_groups, plan_packs, read_counts, step_weights_of
 
 
 class Given(NamedTuple):
@@ -105,8 +105,9 @@ class Call:
 
     def loss(self, batch: Batch, reduction: str) -> tuple[Tensor, Tensor | None]:
         """The loss, and where diverged tasks are skipped, their weight."""
-        parts, tasks = self.parts(batch), batch.support.x.shape[0]
-        if reduction != "none" and not self._asks(batch):
+        tasks, fused = batch.support.x.shape[0], reduction != "none" and not self._asks(batch)
+        parts = self.parts(batch, packs=fused)
+        if fused:
             return fused_loss(parts, self.parameters, batch.task_weight, tasks, reduction, compiled=self.compiled)
         skips = self.problem.nonfinite == "skip" and reduction != "none"
         losses = task_losses(parts, self.parameters, tasks, self.like, skips=skips)
@@ -120,22 +121,27 @@ class Call:
         plan = in_steps(self.plan(support, query_x.shape[1]))
         return predict(AdaptedTasks(plan, support, self.flat, keep=plan.keeps_state), query_x, self.flat)
 
-    def parts(self, batch: Batch) -> list[Part]:
-        """The batch as it is computed: whole, or by groups of tasks that are alike."""
+    def parts(self, batch: Batch, *, packs: bool = False) -> list[Part]:
+        """The batch as it is computed: whole, or by groups of tasks that are alike, or by packs of those that are not.
+
+        packs: whether they may be, for no task of a pack can be had by itself.
+        """
         support, query, counts = batch.support, batch.query, batch.counts
         if counts is None or not support.x.shape[0]:
             return [Part(None, self.plan(support, batch.queries, compiled=self.compiled), support, query)]
         sizes, steps = self._sizes(support, 0), self.problem.inner.steps
         planned = plan_groups(self.problem, sizes, counts, self.backend, self.precision, self.compiled)
+        together = plan_packs(planned, self.problem, sizes, counts, self.backend, self.precision) if packs else planned
+        weights = [step_weights_of(group, self.step_weights, steps) for group, _ in together]
         return [
             Part(
                 group.tasks,
                 plan,
-                support_of(group, support, counts),
-                None if query is None else query_of(group, query, counts, steps),
+                group.support(support, counts.shots),
+                None if query is None else group.query(query, counts.queries, weight),
                 factor_of(group, self.step_weights),
             )
-            for group, plan in planned
+            for (group, plan), weight in zip(together, weights, strict=True)
         ]
 
     def plan(self, support: Support, queries: int, *, compiled: bool = False) -> Plan:

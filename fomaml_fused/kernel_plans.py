@@ -43,12 +43,13 @@ def kernel_plans(problem: Problem, sizes: Sizes, told: Override, precision: str)
         why = obstacle or f"precision {precision!r} is not one of this device's matrix units; 'ieee' is"
         return dict.fromkeys(KERNEL_ENGINES, why)
     loss = _callable(problem)
+    own = "in packs no task has weights of its own" if sizes.packed else None
     return {
-        "resident": loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
+        "resident": own or loss or _resident_obstacle(problem) or _resident(problem, sizes, told, device, operands),
         "dual": loss or _dual("dual", problem, sizes, told, device, operands),
         "layered": _dual("layered", problem, sizes, told, device, operands),
-        "chained": _primal("chained", problem, sizes, told, device, operands),
-        "primal": _primal("primal", problem, sizes, told, device, operands),
+        "chained": own or _primal("chained", problem, sizes, told, device, operands),
+        "primal": own or _primal("primal", problem, sizes, told, device, operands),
     }
 
 
@@ -101,13 +102,25 @@ def _rates_obstacle(problem: Problem) -> str | None:
     return None
 
 
-def _dual_obstacle(engine: str, problem: Problem) -> str | None:
+def _dual_obstacle(engine: str, problem: Problem, sizes: Sizes) -> str | None:
     """The rule that the dual kernels do not have."""
     if problem.inner.needs_gradient is not None:
         return problem.inner.needs_gradient
+    if sizes.packed and (why := _pack_obstacle(problem, sizes)) is not None:
+        return why
     if engine == "dual" and problem.inner.max_grad_norm is not None:
         return "max_grad_norm takes the gradients of all layers before one of them moves, and all steps are one launch"
     return None
+
+
+def _pack_obstacle(problem: Problem, sizes: Sizes) -> str | None:
+    """The rule that takes something of a task as a whole, of which a pack has several."""
+    inner = problem.inner
+    if inner.max_grad_norm is not None or inner.learn_lr is not None or problem.outer == "reptile":
+        return "norms of gradients, gradients of rates and distances are of tasks, not of packs of them"
+    if problem.nonfinite == "skip":
+        return "a task that diverged is left out by itself, not with its pack"
+    return "each step has samples of its own, and packs have one set of rows" if sizes.each_step else _callable(problem)
 
 
 def _callable(problem: Problem) -> str | None:
@@ -160,7 +173,7 @@ def _resident(problem: Problem, sizes: Sizes, told: Override, device: str, preci
 
 
 def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: str, precision: str) -> Plan | str:
-    rule = _dual_obstacle(engine, problem)
+    rule = _dual_obstacle(engine, problem, sizes)
     if rule is not None:
         return rule
     inner, widths = problem.inner, problem.network.widths
@@ -174,6 +187,8 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     tuned = remembered(device, engine, tuned_for(problem, sizes, precision))
     config = next((c for c in (told.config, tuned) if isinstance(c, DualConfig)), None)
     tasks, samples = (config.tasks, config.samples) if config else _tiles(problem, sizes, pending, folds)
+    if folds and sizes.packed:
+        return "where layers fold each task has its own, and packs have several tasks"
     if folds and tasks > 1:
         return f"{tasks} tasks a program share weights, and where layers fold each has its own"
     if first < depth and tasks * sizes.shots > SUPPORT:
@@ -186,7 +201,7 @@ def _dual(engine: str, problem: Problem, sizes: Sizes, told: Override, device: s
     usual = dual_configuration(device, tasks, samples, padded(max(2, history)))
     assert usual is not None, f"no rule takes a history of {history}"
     config = config or usual
-    spec = dual.spec_of(problem, sizes.shots, precision, config, forms, sizes.each_step)
+    spec = dual.spec_of(problem, sizes.shots, precision, config, forms, sizes.each_step, sizes.packed)
     need = dual_need(spec, config, engine == "layered")
     obstacle = _unfit(need, sizes)
     if obstacle is not None:

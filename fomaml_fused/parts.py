@@ -13,6 +13,7 @@ from .autograd import AdaptedTasks, half_squared_distances, meta_loss, predict, 
 from .batch import Query, Support, cast_targets, compute_dtype
 from .engines import FlatParameters
 from .engines.losses import task_loss
+from .packs import counted as counted_by_task
 from .planner import make_plan
 from .plans import Plan
 from .problem import Problem
@@ -60,10 +61,14 @@ def fused_loss(
         whole = float(max(tasks, 1)) if weight is None else weight.sum()
     total, kept = [], []
     for part in parts:
-        own = weight if part.tasks is None or weight is None else weight[list(part.tasks)]
-        share = part.factor / whole if own is None else own * (part.factor / whole)
+        query, share = part.query, part.factor / whole
+        if query is not None and query.owner is not None:
+            query, share = counted_by_task(query, weight, share)
+        else:
+            own = weight if part.tasks is None or weight is None else weight[list(part.tasks)]
+            share = share if own is None else own * share
         found, counted = meta_loss(
-            part.plan, part.support, part.query, share, parameters(part.plan.problem), compiled=compiled
+            part.plan, part.support, query, share, parameters(part.plan.problem), compiled=compiled
         )
         total.append(found)
         kept += [] if counted is None else [counted / part.factor]

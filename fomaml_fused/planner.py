@@ -68,7 +68,7 @@ def _make_plan(
     plans: dict[str, Plan | str] = {}
     if backend == "torch":
         reason = "as asked for"
-    elif backend == "auto" and sizes.device.type == "cpu" and told.engine in (None, "batched", "native"):
+    elif not _asks_for_kernels(sizes.device, backend, told):
         reason = "the fastest on a CPU"
         if compiled or told.engine == "native":
             plans["native"] = native_plan(problem, sizes, told)
@@ -92,6 +92,36 @@ def _make_plan(
     others = [(name, other) for name, other in plans.items() if other is not chosen]
     # A plan in which every layer has the same form is not one that it was chosen over.
     return replace(chosen, others=tuple((n, o) for n, o in others if isinstance(o, str) or o.layers != chosen.layers))
+
+
+def make_packed_plan(problem: Problem, sizes: Sizes, backend: str = "auto", precision: str = "highest") -> Plan | str:
+    """Plan a batch whose tasks are packs of several, which dual kernels alone take; or why none does.
+
+    Arguments as of `make_plan`.
+    """
+    return _make_packed_plan(problem, sizes, backend, precision, overriding())
+
+
+@lru_cache(maxsize=1024)
+def _make_packed_plan(problem: Problem, sizes: Sizes, backend: str, precision: str, told: Override) -> Plan | str:
+    if not _asks_for_kernels(sizes.device, backend, told):
+        return "packs are for kernels, and torch runs this"
+    if (obstacle := _triton_obstacle(sizes.device)) is not None:
+        return obstacle
+    from .kernel_plans import kernel_plans  # imports Triton
+
+    plans = kernel_plans(problem, sizes, told, precision)
+    if told.engine is not None:
+        return plans.get(told.engine, f"the {told.engine} engine takes none")
+    found = [plan for plan in plans.values() if isinstance(plan, Plan)]
+    return min(found, key=lambda plan: plan.estimate.seconds) if found else str(plans["layered"])
+
+
+def _asks_for_kernels(device: torch.device, backend: str, told: Override) -> bool:
+    """Whether kernels run if they can."""
+    if backend == "auto":
+        return device.type != "cpu" or told.engine not in (None, "batched", "native")
+    return backend == "triton"
 
 
 def _choose(plans: dict[str, Plan | str], backend: str, told: Override) -> Plan:

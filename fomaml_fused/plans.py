@@ -146,6 +146,7 @@ class Override:
         memory_bound: bytes of scratch that a chunk may take.
         config: a kernel's warps and tiles.
         engine: one of `ENGINES`.
+        packs: whether tasks of unequal sizes share packs, where a kernel takes them so; else they go by groups.
     """
 
     forms: tuple[str, ...] | None = None
@@ -154,6 +155,7 @@ class Override:
     memory_bound: int = MEMORY_BOUND
     config: Config | None = None
     engine: str | None = None
+    packs: bool | None = None
 
     def __post_init__(self) -> None:
         if self.forms is not None and not all(form in FORMS or fold_step(form) for form in self.forms):
@@ -178,6 +180,7 @@ def override(
     memory_bound: int | None = None,
     config: Config | None = None,
     engine: str | None = None,
+    packs: bool | None = None,
 ) -> Iterator[None]:
     """Within the block, plans follow these choices (see `Override`) instead of the cost model's.
 
@@ -185,7 +188,7 @@ def override(
 
     Raises:
         ValueError: an unknown form or engine, or a chunk of no task; when planning, not one form a layer, a layer that
-            is to fold at a step past the last, or an engine that does not take the problem.
+            is to fold at a step past the last, or an engine that does not take the problem, or packs that none takes.
     """
     told: dict[str, Any] = {
         "forms": None if forms is None else tuple(forms),
@@ -194,6 +197,7 @@ def override(
         "memory_bound": memory_bound,
         "config": config,
         "engine": engine,
+        "packs": packs,
     }
     given = {name: choice for name, choice in told.items() if choice is not None}
     token = _override.set(replace(_override.get(), **given))

@@ -1,8 +1,8 @@
-"""Tasks with different numbers of samples or inner steps, as groups of tasks that are alike.
+"""Tasks with different numbers of samples or inner steps, as groups of tasks that are alike, or as packs.
 
 A group is a batch like any other, so every engine and form takes it, and none of them computes padding: tasks of few
 shots do not pay for those of many. Within a group, counts may differ by a little, which weights of 0 make up for; how
-much a little is, the cost model decides.
+much a little is, the cost model decides. Where the dual kernels run, tasks of any counts can share packs instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from .batch import Query, Sizes, Support
 from .costs import CPU
-from .planner import make_plan
-from .plans import Plan
+from .packs import Packs, fill
+from .planner import make_packed_plan, make_plan
+from .plans import Plan, overriding
 from .problem import Problem
 
 Counts = Sequence[int] | Tensor
 # By how much counts of a group may differ: the largest over the smallest. The last puts all into one group.
 RATIOS = (1.0, 1.25, 2.0, math.inf)
 _OPS = 12  # torch ops of a layer in a step and back
+_TILE = 64  # samples, the largest that packs fill
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,34 @@ class Group:
     shots: int
     queries: int
     steps: int
+
+    def support(self, support: Support, shots: Sequence[int]) -> Support:
+        """The group's support sets, with weights of 0 where a task has fewer samples than others; shots: of all."""
+        index = self._index(support.x)
+        rows = (slice(None), slice(self.steps)) if support.each_step else (slice(None),)
+        own = (support.x, support.y, support.weight)
+        x, y, weight = (None if t is None else t[index][(*rows, slice(self.shots))] for t in own)
+        assert x is not None
+        assert y is not None
+        there = _there([shots[t] for t in self.tasks], self.shots, x)
+        if there is not None and support.each_step:
+            there = there[:, None].expand(-1, self.steps, -1)
+        return Support(_cleared(x, there), _cleared(y, there), _masked(weight, there, x))
+
+    def query(self, query: Query, queries: Sequence[int], step_weights: tuple[float, ...] | None) -> Query:
+        """The group's query sets, alike."""
+        index = self._index(query.x)
+        weight = None if query.weight is None else query.weight[index, : self.queries]
+        there = _there([queries[t] for t in self.tasks], self.queries, query.x)
+        x, y = query.x[index, : self.queries], query.y[index, : self.queries]
+        return Query(_cleared(x, there), _cleared(y, there), _masked(weight, there, x), None, step_weights)
+
+    def _index(self, x: Tensor) -> Any:
+        """What takes the tasks out of those of x [T, ...]; views where they are all."""
+        return slice(None) if len(self.tasks) == len(x) else torch.tensor(self.tasks, device=x.device)
+
+
+Planned = list[tuple[Group | Packs, Plan]]
 
 
 @dataclass(frozen=True)
@@ -88,10 +119,10 @@ def read_counts(name: str, counts: Counts | None, tasks: int, most: int, least: 
 
 def plan_groups(
     problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str, compiled: bool = False
-) -> list[tuple[Group, Plan]]:
+) -> Planned:
     """The groups that the cost model finds the fastest, each with its plan."""
 
-    def planned(ratio: float) -> list[tuple[Group, Plan]]:
+    def planned(ratio: float) -> Planned:
         return [(group, _plan(problem, sizes, group, backend, precision, compiled)) for group in counts.groups(ratio)]
 
     # What a sample gives under a BatchNorm depends on all samples of its set, so padding would show.
@@ -112,7 +143,62 @@ def plan_groups(
     return whole if best == RATIOS[-1] else planned(best)
 
 
-def _samples(group: Group) -> int:
+def plan_packs(
+    groups: Planned, problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
+) -> Planned:
+    """Planned groups, or in place of those of as many steps the packs of their tasks, where that is faster.
+
+    Raises:
+        ValueError: packs are what the planner is told to take, and there is an obstacle.
+    """
+    told = overriding().packs
+    if told is False:
+        return groups
+    found: Planned = []
+    for steps, of_steps in groupby(groups, key=lambda pair: pair[0].steps):
+        alike = list(of_steps)
+        packed = _plan_packs(with_steps(problem, steps), alike, sizes, counts, backend, precision)
+        if isinstance(packed, str):
+            if told:
+                raise ValueError(f"packs is True, and tasks of {steps} steps cannot share any: {packed}")
+            found += alike
+        else:
+            faster = packed[1].estimate.seconds < sum(plan.estimate.seconds for _, plan in alike)
+            found += [packed] if told or faster else alike
+    return found
+
+
+def _plan_packs(
+    problem: Problem, groups: Planned, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
+) -> tuple[Packs, Plan] | str:
+    """The packs of all tasks of some groups, with their plan; or why there are none."""
+    tasks, steps = [t for group, _ in groups for t in group.tasks], problem.inner.steps
+    shots, queries = [counts.shots[t] for t in tasks], [counts.queries[t] for t in tasks]
+    if not steps or not min(queries):
+        return "without a step there is no history, and without a query no mean"
+    largest, obstacle = max(shots), ""
+    best: tuple[Plan, int, int] | None = None
+    # As many shots as a tile of samples or of history holds; which of them, a first look at how many packs that makes.
+    for rows in {largest, *(n for n in (16, 32, _TILE, _TILE // steps) if n > largest)}:
+        count = -(-sum(shots) // rows)
+        most = max(max(queries), -(-sum(queries) // count))
+        own = replace(sizes, tasks=1 << (count - 1).bit_length(), shots=rows, queries=_round_up(most), packed=True)
+        plan = make_packed_plan(problem, own, backend, precision)
+        if isinstance(plan, str):
+            obstacle = plan
+        elif best is None or plan.estimate.seconds < best[0].estimate.seconds:
+            best = plan, rows, most
+    if best is None:
+        return obstacle
+    plan, rows, most = best
+    order, places = fill(tasks, counts.shots, counts.queries, rows, most)
+    packs = Packs(order, places, rows, most, steps)
+    own = replace(sizes, tasks=packs.count, shots=rows, queries=most, packed=True)
+    reason = f"{len(tasks)} tasks in {packs.count} packs; {plan.reason}"
+    return packs, replace(plan, sizes=own, chunk=min(plan.chunk, packs.count), reason=reason)
+
+
+def _samples(group: Group | Packs) -> int:
     """That a group's tasks run through the network."""
     return len(group.tasks) * (max(group.steps, 1) * group.shots + group.queries)
 
@@ -145,41 +231,19 @@ def with_steps(problem: Problem, steps: int) -> Problem:
     return replace(problem, inner=inner, multi_step=problem.multi_step and steps > 0)
 
 
-def support_of(group: Group, support: Support, counts: TaskCounts) -> Support:
-    """The support sets of a group; weights of 0 where a task has fewer samples than others."""
-    index = _index(group, support.x)
-    rows = (slice(None), slice(group.steps)) if support.each_step else (slice(None),)
-    own = [None if t is None else t[index][(*rows, slice(group.shots))] for t in (support.x, support.y, support.weight)]
-    x, y, weight = own
-    assert x is not None
-    assert y is not None
-    there = _there([counts.shots[t] for t in group.tasks], group.shots, x)
-    if there is not None and support.each_step:
-        there = there[:, None].expand(-1, group.steps, -1)
-    return Support(_cleared(x, there), _cleared(y, there), _masked(weight, there, x))
+def step_weights_of(
+    group: Group | Packs, step_weights: tuple[float, ...] | None, steps: int
+) -> tuple[float, ...] | None:
+    """What the query loss after each step of a group counts; steps: of the tasks that take the most."""
+    if step_weights is None or group.steps == steps:
+        return step_weights
+    # A task that stops early stays where it is for the steps that remain.
+    return (*step_weights[: group.steps - 1], sum(step_weights[group.steps - 1 :])) if group.steps else None
 
 
-def query_of(group: Group, query: Query, counts: TaskCounts, steps: int) -> Query:
-    """The query sets of a group; steps: of the tasks that take the most."""
-    index = _index(group, query.x)
-    weight = None if query.weight is None else query.weight[index, : group.queries]
-    there = _there([counts.queries[t] for t in group.tasks], group.queries, query.x)
-    x, y = query.x[index, : group.queries], query.y[index, : group.queries]
-    step_weights = query.step_weights
-    if step_weights is not None and group.steps < steps:
-        # A task that stops early stays where it is for the steps that remain.
-        step_weights = (*step_weights[: group.steps - 1], sum(step_weights[group.steps - 1 :])) if group.steps else None
-    return Query(_cleared(x, there), _cleared(y, there), _masked(weight, there, x), None, step_weights)
-
-
-def factor_of(group: Group, step_weights: tuple[float, ...] | None) -> float:
+def factor_of(group: Group | Packs, step_weights: tuple[float, ...] | None) -> float:
     """What the loss of tasks that take no step counts, where that of each step has a weight."""
     return 1.0 if group.steps or step_weights is None else sum(step_weights)
-
-
-def _index(group: Group, x: Tensor) -> Any:
-    """What takes a group's tasks out of those of x [T, ...]; views where they are all."""
-    return slice(None) if len(group.tasks) == len(x) else torch.tensor(group.tasks, device=x.device)
 
 
 def _bucket(count: int, ratio: float) -> int:

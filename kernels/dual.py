@@ -37,7 +37,7 @@ from .spec import (
 
 @triton.jit(do_not_specialize=["T", "S", "K"])
 def inner_kernel(
-    p_weights, p_biases, p_inner, p_shrink, p_past, p_base, p_y, p_r, share,
+    p_weights, p_biases, p_inner, p_shrink, p_past, p_base, p_y, p_r, share, p_owner,
     p_inputs, p_gradients, p_velocity, p_first, p_kept, T, S, K, SPEC: tl.constexpr,
 ):  # fmt: skip
     """All inner steps of a pack of tasks, which write its history.
@@ -46,6 +46,7 @@ def inner_kernel(
     each step and layer [K, layers].  p_shrink: s [K + 1, layers].  p_past: c [K + 1, layers, K].  p_base: of the first
     layer that moves [T, S, out].  p_y: class indices [T, S] or values [T, S, out].  p_r: what each sample counts in its
     task's loss [T, S], or None where all count `share`. With samples of its own at each step, these are [T, K, S, ...].
+    p_owner: as in `history.places`, of the support set.
 
     p_inputs, p_gradients: the history of each layer from the first that moves. Of that one, its input [T, S, in], which
     is given, and H [T, S, out]; of those behind it X_j [T, K, S, in] and D_j [T, K, S, out]. p_first: D_j of that first
@@ -55,7 +56,7 @@ def inner_kernel(
     """
     i_p = tl.program_id(0)
     LOWEST: tl.constexpr = first_adapted(SPEC)
-    here, _begin, first, later = places(i_p, 0, T, S, S, K, SPEC)
+    here, _begin, first, later = places(p_owner, p_owner, i_p, 0, T, S, S, K, SPEC)
     b_first = None
     if collapses(SPEC, LOWEST):
         past, b_c = history(p_past, first, later, K, K, LOWEST, SPEC)
@@ -65,7 +66,7 @@ def inner_kernel(
     # step may be fetched before the one before it is stored.
     for j in tl.range(i_p * K, i_p * K + K, num_stages=1, disable_licm=True):
         k = j % K
-        here, begin, first, later = places(j // K, 0, T, S, S, K, SPEC)
+        here, begin, first, later = places(p_owner, p_owner, j // K, 0, T, S, S, K, SPEC)
         now = step_rows(begin, k, S)
         for i in tl.static_range(first_adapted(SPEC), depth(SPEC)):
             _forward(
@@ -89,13 +90,15 @@ def inner_kernel(
 @triton.jit(do_not_specialize=["T", "N", "S", "K", "taken"])
 def query_kernel(
     p_weights, p_biases, p_shrink, p_past, p_base, p_inputs, p_gradients, p_y, p_r, share, p_cotangent,
-    p_now, p_now_gradients, p_kept, p_loss, p_dx, unit, T, N, S, K, taken, BELOW: tl.constexpr, SPEC: tl.constexpr,
+    p_owner, p_past_owner, p_now, p_now_gradients, p_kept, p_loss, p_dx, unit, T, N, S, K, taken,
+    BELOW: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The query pass of a block of samples from the first layer that moves: outputs, losses, gradients.
 
     p_base: of the query samples [T, N, out].  p_inputs, p_gradients: the history, as `inner_kernel` leaves it.  p_y:
     targets [T, N] or [T, N, out], or None.  p_r, share: as above.  p_cotangent: gradient of the outputs [T, N, out], or
     None; where it is given, what an earlier launch left in p_now and p_kept is reversed and nothing run forward.
+    p_owner, p_past_owner: as in `history.places`.
 
     p_now: of each layer from the first that moves, its input [T, N, in], of which the first is given; last, the outputs
     [T, N, out].  p_now_gradients: of each layer's pre-activations [T, N, out], or None of each.  p_kept:
@@ -105,7 +108,7 @@ def query_kernel(
     """
     k = K if taken is None else taken
     i_p, i_b = _block(N, SPEC)
-    here, _begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
+    here, _begin, first, later = places(p_owner, p_past_owner, i_p, i_b, T, N, S, K, SPEC)
     if p_cotangent is None:
         for i in tl.static_range(first_adapted(SPEC), depth(SPEC)):
             _forward(
@@ -129,8 +132,8 @@ def query_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "S", "K", "k"])
 def forward_kernel(
-    p_weight, p_bias, p_base, p_shrink, p_past, p_inputs, p_gradients, p_now, p_kept, T, N, S, K, k,
-    QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
+    p_weight, p_bias, p_base, p_shrink, p_past, p_inputs, p_gradients, p_owner, p_past_owner, p_now, p_kept,
+    T, N, S, K, k, QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Layer L of a block of samples with the weights after k steps; a part of its features.
 
@@ -143,7 +146,7 @@ def forward_kernel(
         p_weight += tl.cast(i_p, tl.int64) * width(SPEC, L) * width(SPEC, L + 1)
         if p_bias is not None:
             p_bias += tl.cast(i_p, tl.int64) * width(SPEC, L + 1)
-    here, begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
+    here, begin, first, later = places(p_owner, p_past_owner, i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _forward(
         p_weight, p_bias, p_base, p_shrink, p_past, p_inputs, p_gradients, p_now, p_kept,
@@ -158,7 +161,7 @@ def loss_kernel(
 ):  # fmt: skip
     """The losses of a block of samples and the gradient of the last layer's pre-activations."""
     i_p, i_b = _block(N, SPEC)
-    here, begin, _first, _later = places(i_p, i_b, T, N, S, K, SPEC)
+    here, begin, _first, _later = places(None, None, i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _loss(
         p_y, p_r, share, p_cotangent, p_loss, p_now, p_now_gradients, p_kept, p_inner, p_velocity, None, here, now, k,
@@ -168,14 +171,15 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "S", "K", "k"])
 def backward_kernel(
-    p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit, p_inner, p_velocity,
-    T, N, S, K, k, QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
+    p_weight, p_shrink, p_past, p_inputs, p_gradients, p_owner, p_past_owner, p_now, p_now_gradients, p_kept, p_dx,
+    unit, p_inner, p_velocity, T, N, S, K, k, QUERY: tl.constexpr, OWN: tl.constexpr, L: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """Layer L of a block of samples in reverse; a part of its input's features."""
     i_p, i_b = _block(N, SPEC)
     if OWN:
         p_weight += tl.cast(i_p, tl.int64) * width(SPEC, L) * width(SPEC, L + 1)
-    here, begin, first, later = places(i_p, i_b, T, N, S, K, SPEC)
+    here, begin, first, later = places(p_owner, p_past_owner, i_p, i_b, T, N, S, K, SPEC)
     now = here if QUERY else step_rows(begin, k, S)
     _backward(
         p_weight, p_shrink, p_past, p_inputs, p_gradients, p_now, p_now_gradients, p_kept, p_dx, unit,

@@ -1,7 +1,8 @@
 """What the dual form is made of: where samples and their history lie, products with history, corrections by it.
 
 Samples are rows in memory, in one of two layouts: [T, N, ...], or [T, K, S, ...] of all inner steps; `rows` are as in
-`layers`. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere.
+`layers`. A layer's history is its rows, and -c_j where a row and a sample are of one task, 0 elsewhere. Where tasks are
+of unequal sizes, T counts packs of them, N and S are the rows of a pack, and each row has an owner, the task it is of.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 from .layers import load
 from .products import dot
-from .spec import collapses, depth, samples
+from .spec import collapses, depth, samples, shares_tiles
 
 
 @triton.constexpr_function
@@ -19,8 +20,10 @@ def largest(SPEC):
 
 
 @triton.jit
-def places(i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
+def places(p_owner, p_past_owner, i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
     """Where block i_b of the samples of pack i_p lies, [T, N, ...], and their tasks' history.
+
+    p_owner, p_past_owner: of the samples [T, N], and of the support set [T, S]; None where tasks are of one size.
 
     Returns the rows of the samples; their rows in step 0 of [T, K, S, ...]; and of two histories, of the pack in [T, S,
     ...] and in [T, K, S, ...], the rows, which are of a sample's task [history, B], and the step that writes each.
@@ -29,6 +32,10 @@ def places(i_p, i_b, T, N, S, K, SPEC: tl.constexpr):
     support, i_support, _ = _rows(i_p, 0, T, S, SPEC.support, SPEC)
     past, i_past, i_row = _rows(i_p, 0, T, K * S, SPEC.history, SPEC)
     begin = past[0], i_task * (K * S) + i_sample, here[2]
+    if p_owner is not None:
+        i_past = _owners(p_past_owner, support[0], i_past * S + i_row % S, past[2])
+        i_support = _owners(p_past_owner, support[0], support[1], support[2])
+        i_task = _owners(p_owner, here[0], here[1], here[2])
     first = support, _of_one_task(support[2], i_support, here[2], i_task, SPEC), i_support * 0
     later = past, _of_one_task(past[2], i_past, here[2], i_task, SPEC), i_row // S
     return here, begin, first, later
@@ -45,9 +52,14 @@ def _rows(i_p, o, T, N, LENGTH: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _owners(p_owner, begin, o_r, m):
+    return tl.load(p_owner + begin + o_r, mask=m, other=-1)
+
+
+@triton.jit
 def _of_one_task(m_h, i_h, m_s, i_s, SPEC: tl.constexpr):
     m = m_h[:, None] & m_s[None, :]
-    if SPEC.tasks > 1:
+    if shares_tiles(SPEC):
         m = m & (i_h[:, None] == i_s[None, :])
     return m
 
@@ -91,7 +103,7 @@ def weigh(p_h, past, b_c, p_v, rows, one, WIDTH: tl.constexpr, BLOCK: tl.constex
 def correct(b_v, p_h, past, b_weights, o_f, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     """Features o_f of samples, [F, B], plus those of their history by what `weigh` gives."""
     b_h = load(p_h, past, o_f, WIDTH)  # [F, history]
-    if SPEC.tasks > 1:
+    if shares_tiles(SPEC):
         # 0 times what a diverged task left is nan for every task of its pack: for the others it is taken out, and the
         # task's own samples, which it might look sound without, are nan.
         m_sound = tl.abs(b_h) < largest(SPEC)

@@ -93,11 +93,13 @@ class DualSpec(TiledSpec):
         tasks: of a pack, whose samples share tiles.
         support: samples of a tile that holds a pack's support set, a power of two, at least 16.
         history: the same for its samples at all inner steps.
+        ragged: whether a task here is a pack of several of unequal sizes, and each sample says whose it is.
     """
 
     tasks: int = 1
     support: int = 16
     history: int = 16
+    ragged: bool = False
 
 
 # What kernels ask of a `Spec` while they compile; on the host these are ordinary functions.
@@ -191,6 +193,12 @@ def first_adapted(SPEC):
 def collapses(SPEC, layer):
     """Whether a layer has the same input at every step, so that its history in the dual form is one matrix."""
     return not SPEC.each_step and first_adapted(SPEC) == layer
+
+
+@triton.constexpr_function
+def shares_tiles(SPEC):
+    """Whether samples of several tasks lie in one tile."""
+    return SPEC.tasks > 1 or SPEC.ragged
 
 
 @triton.constexpr_function

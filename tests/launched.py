@@ -64,6 +64,8 @@ def call_dual_with_rules(engine: str) -> None:
         ff.FOMAML(model, **options, **passes)(x, x, q, q).backward()
         ff.FOMAML(model, **options, outer="reptile")(x, x).backward()
         ff.FOMAML(model, **options)(*(t[:, None].expand(-1, 2, -1, -1) for t in (x, x)), q, q).backward()
+    with ff.override(engine=engine, packs=True):
+        ff.FOMAML(model, **options)(x, x, q, q, support_counts=[3, 1]).backward()
 
 
 def call_primal_with_rules(engine: str) -> None:

@@ -24,12 +24,14 @@ OPTIONAL = {
     "resident.adapt_kernel": "p_biases p_rates p_r p_directions",
     "resident.query_kernel": "",
     "resident.query_backward_kernel": "p_directions p_dx p_partials",
-    "dual.inner_kernel": "p_biases p_r p_inputs p_gradients p_velocity p_first p_kept",
-    "dual.query_kernel": "p_biases p_inputs p_gradients p_y p_r p_cotangent p_now_gradients p_kept p_loss p_dx",
-    "dual.forward_kernel": "p_bias p_base p_shrink p_past p_inputs p_gradients p_now p_kept",
+    "dual.inner_kernel": "p_biases p_r p_owner p_inputs p_gradients p_velocity p_first p_kept",
+    "dual.query_kernel": (
+        "p_biases p_inputs p_gradients p_y p_r p_cotangent p_owner p_past_owner p_now_gradients p_kept p_loss p_dx"
+    ),
+    "dual.forward_kernel": "p_bias p_base p_shrink p_past p_inputs p_gradients p_owner p_past_owner p_now p_kept",
     "dual.loss_kernel": "p_y p_r p_cotangent p_loss p_now p_now_gradients p_kept p_inner p_velocity",
     "dual.backward_kernel": (
-        "p_shrink p_past p_inputs p_gradients p_now p_now_gradients p_kept p_dx p_inner p_velocity"
+        "p_shrink p_past p_inputs p_gradients p_owner p_past_owner p_now p_now_gradients p_kept p_dx p_inner p_velocity"
     ),
     "primal.pass_kernel": ("p_biases p_fast p_y p_r p_cotangent p_inputs p_gradients p_loss p_dx"),
     "primal.forward_kernel": "p_bias p_fast p_kept",

@@ -126,7 +126,7 @@ def test_imports_go_one_way() -> None:
         ["batched_plans", "kernel_plans"],
         ["native_plans"],
         ["planner"],
-        ["autograd"],
+        ["autograd", "packs"],
         ["adapted", "metrics", "parts", "ragged"],
         ["calls"],
         ["graph"],

@@ -75,7 +75,7 @@ def step(
         outcomes: list[Outcome] = []
         for adapted in _trajectory(plan, parameters, support, every=problem.multi_step):
             if adapted.taken in counted:
-                samples = query_samples(adapted, query.x.contiguous(), samples)
+                samples = query_samples(adapted, query.x.contiguous(), samples, query.owner)
                 _measure(adapted, samples, query, needed, share * counted[adapted.taken])
                 if skips:
                     passes.append(samples)
@@ -140,12 +140,14 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
     problem, device, tasks, shots = plan.problem, support.x.device, support.x.shape[0], support.x.shape[-2]
     inner, depth, widths = problem.inner, problem.network.depth, problem.network.widths
     steps, first = inner.steps, inner.first_adapted
-    spec = spec_of(problem, shots, plan.precision, plan.config, plan.forms, support.each_step)
+    packed = support.owner is not None
+    spec = spec_of(problem, shots, plan.precision, plan.config, plan.forms, support.each_step, packed)
     inputs: Layers = [None] * depth
     gradients: Layers = [None] * depth
     shared = pointers(parameters[: len(PARTS) * depth])
     of_all = numbers(problem, parameters, device)
-    adapted = Adapted(plan, spec, of_all, *shared, inputs, gradients, max(shots, 1), max(steps, 1))
+    at_least = max(shots, 1), max(steps, 1)
+    adapted = Adapted(plan, spec, of_all, *shared, inputs, gradients, *at_least, owner=support.owner)
     points = range(1 if every and steps else steps, steps + 1)
     if first == depth:
         for k in points:
@@ -161,7 +163,7 @@ def _trajectory(plan: Planned, parameters: FlatParameters, support: Support, *, 
         rows = (shots,) if adapted.collapses(i) else (steps, shots)
         gradients[i] = new(device, tasks, *rows, widths[i + 1])
     samples.inputs[:depth], samples.gradients = inputs, gradients
-    counts = None if weight is None else part_of_task(weight)
+    counts = _parts(support, weight)
     one_matrix, velocity = adapted.collapses(first), None
     each = inner.max_grad_norm is not None or inner.learn_lr is not None or (every and plan.engine == "dual")
     if one_matrix and each:
@@ -228,7 +230,7 @@ def _measure(adapted: Adapted, samples: Samples, query: Query, needed: Sequence[
     lowest = _want(adapted, samples, needed[1:], needed[0])
     problem = adapted.plan.problem
     if problem.outer_loss.name != "callable":
-        counts, samples.unit = counts_of(weight, share, *x.shape[:2])
+        counts, samples.unit = counts_of(_parts(query, weight), share, *x.shape[:2])
         samples.losses = new(x.device, *x.shape[:2])
         _query(adapted, samples, lowest, y=y, counts=counts)
         return
@@ -238,6 +240,11 @@ def _measure(adapted: Adapted, samples: Samples, query: Query, needed: Sequence[
     if lowest < adapted.depth:
         d = loss.gradient(samples.outputs, share if isinstance(share, float) else share[:, None, None])
         _query(adapted, samples, lowest, cotangent=d.contiguous())
+
+
+def _parts(batch: Support | Query, weight: Tensor | None) -> Tensor | None:
+    """What each sample counts in the loss of its task, from its weight."""
+    return weight if batch.owner is not None else part_of_task(weight)
 
 
 def _outcome(adapted: Adapted, samples: Samples, needed: Sequence[bool]) -> Outcome:

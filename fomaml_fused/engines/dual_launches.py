@@ -35,6 +35,7 @@ def spec_of(
     config: DualConfig,
     forms: tuple[str, ...],
     each_step: bool = False,
+    packed: bool = False,
 ) -> DualSpec:
     """What the kernels of the inner loop are compiled for; those of the query pass have other `samples`."""
     support = padded(max(2, config.tasks * shots))
@@ -47,6 +48,7 @@ def spec_of(
         history=padded(max(2, config.tasks * pending_steps(problem, forms, each_step) * shots)),
         features=config.features,
         contracted=config.contracted,
+        ragged=packed,
     )
 
 
@@ -111,6 +113,7 @@ class Adapted:
         taken: inner steps behind it.
         first_gradients: D_j [T, K, S, out] of the first layer that moves, where H alone is not enough.
         own: by layer, the weights and velocities of each task, once the layer is folded.
+        owner: the task of each support sample [T, S], where what counts as a task here is a pack of them; else None.
     """
 
     plan: Planned
@@ -125,6 +128,7 @@ class Adapted:
     taken: int = 0
     first_gradients: Tensor | None = None
     own: dict[int, Own] = field(default_factory=dict)
+    owner: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -158,6 +162,7 @@ class Samples:
         unit: what gradients, and losses, lack as a factor, so that 16 bits hold them.
         taken: inner steps behind the weights.
         sound: the tasks that count, [T], where what is of others is 0, but for their history; else None.
+        owner: the task of each, [T, N], as of `Adapted`.
     """
 
     spec: DualSpec
@@ -170,6 +175,7 @@ class Samples:
     unit: float = 1.0
     taken: int = 0
     sound: Tensor | None = None
+    owner: Tensor | None = None
 
     @property
     def outputs(self) -> Tensor:
@@ -183,6 +189,7 @@ def support_samples(adapted: Adapted, x: Tensor) -> Samples:
     With room for what becomes of them in a step, beside the history. That of the first layer is its input here.
     """
     below = _samples(adapted, x.flatten(1, -2), adapted.spec, query=False)
+    below.owner = adapted.owner
     shared_forward(adapted, below)
     if x.dim() == 3:
         return below
@@ -193,10 +200,10 @@ def support_samples(adapted: Adapted, x: Tensor) -> Samples:
     return samples
 
 
-def query_samples(adapted: Adapted, x: Tensor, before: Samples | None = None) -> Samples:
+def query_samples(adapted: Adapted, x: Tensor, before: Samples | None = None, owner: Tensor | None = None) -> Samples:
     """Samples x [T, Q, in] of a query set, through the layers below the first that moves.
 
-    before: the same at an earlier step, from which those layers are taken.
+    before: the same at an earlier step, from which those layers are taken.  owner: as of `Samples`.
     """
     assert isinstance(adapted.plan.config, DualConfig)
     samples = _samples(adapted, x, replace(adapted.spec, samples=adapted.plan.config.samples), query=True)
@@ -206,7 +213,7 @@ def query_samples(adapted: Adapted, x: Tensor, before: Samples | None = None) ->
         below = adapted.first
         samples.inputs[: below + 1], samples.kept[:below] = before.inputs[: below + 1], before.kept[:below]
         samples.base = before.base
-    samples.taken = adapted.taken
+    samples.taken, samples.owner = adapted.taken, owner
     return samples
 
 
@@ -236,7 +243,7 @@ def shared_forward(adapted: Adapted, samples: Samples) -> None:
 def _forward_shared_layer(adapted: Adapted, samples: Samples, i: int, inputs: Layers, kept: Layers) -> None:
     rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i + 1])
     dual.forward_kernel[_programs(spec, 1, rows), tiles](
-        adapted.weights[i], adapted.biases[i], None, None, None, None, None, tuple(inputs), tuple(kept),
+        adapted.weights[i], adapted.biases[i], None, None, None, None, None, None, None, tuple(inputs), tuple(kept),
         1, rows, 1, 1, 0, True, False, i, spec, **_options(adapted.plan),
     )  # fmt: skip
 
@@ -244,7 +251,7 @@ def _forward_shared_layer(adapted: Adapted, samples: Samples, i: int, inputs: La
 def backward_shared_layer(adapted: Adapted, samples: Samples, i: int) -> None:
     rows, tiles, spec = _shared(samples, i, adapted.spec.widths[i])
     dual.backward_kernel[_programs(spec, 1, rows), tiles](
-        adapted.weights[i], None, None, None, None, tuple(samples.inputs), tuple(samples.gradients),
+        adapted.weights[i], None, None, None, None, None, None, tuple(samples.inputs), tuple(samples.gradients),
         tuple(samples.kept), samples.dx, samples.unit, None, None, 1, rows, 1, 1, 0, True, False, i, spec,
         **_options(adapted.plan),
     )  # fmt: skip
@@ -255,7 +262,7 @@ def inner_steps(adapted: Adapted, samples: Samples, y: Tensor, counts: Tensor | 
     tasks, shots, _ = samples.outputs.shape
     dual.inner_kernel[_programs(adapted.spec, tasks, shots),](
         adapted.weights, adapted.biases, adapted.numbers.inner, *adapted.numbers.of[:2], samples.base, y, counts,
-        1 / shots, tuple(samples.inputs), tuple(adapted.gradients), velocity, adapted.first_gradients,
+        1 / shots, adapted.owner, tuple(samples.inputs), tuple(adapted.gradients), velocity, adapted.first_gradients,
         tuple(samples.kept), tasks, shots, adapted.steps, adapted.spec, **_options(adapted.plan),
     )  # fmt: skip
 
@@ -275,9 +282,9 @@ def query_layers(
     taken = samples.taken if samples.taken < adapted.steps else None
     dual.query_kernel[_programs(samples.spec, tasks, queries),](
         adapted.weights, adapted.biases, *adapted.numbers.of[:2], samples.base, tuple(adapted.inputs),
-        tuple(adapted.gradients), y, counts, 1.0, cotangent, tuple(samples.inputs), tuple(samples.gradients),
-        tuple(samples.kept), samples.losses, samples.dx, samples.unit, tasks, queries, adapted.shots, adapted.steps,
-        taken, below, samples.spec, **_options(adapted.plan),
+        tuple(adapted.gradients), y, counts, 1.0, cotangent, samples.owner, adapted.owner, tuple(samples.inputs),
+        tuple(samples.gradients), tuple(samples.kept), samples.losses, samples.dx, samples.unit,
+        tasks, queries, adapted.shots, adapted.steps, taken, below, samples.spec, **_options(adapted.plan),
     )  # fmt: skip
 
 
@@ -287,8 +294,9 @@ def forward_layer(adapted: Adapted, samples: Samples, i: int, k: int, *, query: 
     weight, bias, own, spec = _layer(adapted, samples, i)
     dual.forward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i + 1])](
         weight, bias, samples.base if i == adapted.first else None, *adapted.numbers.of[:2],
-        tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs), tuple(samples.kept),
-        tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
+        tuple(adapted.inputs), tuple(adapted.gradients), samples.owner, adapted.owner,
+        tuple(samples.inputs), tuple(samples.kept), tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec,
+        **_options(adapted.plan),
     )  # fmt: skip
 
 
@@ -317,8 +325,9 @@ def backward_layer(
     tasks, rows, _ = samples.outputs.shape
     weight, _, own, spec = _layer(adapted, samples, i)
     dual.backward_kernel[_programs(spec, tasks, rows), _tiles(spec, adapted.spec.widths[i])](
-        weight, *adapted.numbers.of[:2], tuple(adapted.inputs), tuple(adapted.gradients), tuple(samples.inputs),
-        tuple(samples.gradients), tuple(samples.kept), samples.dx, samples.unit, _inner(adapted, query), velocity,
+        weight, *adapted.numbers.of[:2], tuple(adapted.inputs), tuple(adapted.gradients), samples.owner, adapted.owner,
+        tuple(samples.inputs), tuple(samples.gradients), tuple(samples.kept), samples.dx, samples.unit,
+        _inner(adapted, query), velocity,
         tasks, rows, adapted.shots, adapted.steps, k, query, own, i, spec, **_options(adapted.plan),
     )  # fmt: skip
 
@@ -359,7 +368,8 @@ def _shared(samples: Samples, i: int, width: int) -> tuple[int, int, DualSpec]:
     # Blocks as large as leave no multiprocessor idle.
     large = [block for block in (64, 32) if -(-rows // block) * tiles >= multiprocessors(x.device)]
     block = large[0] if large else 16
-    return rows, tiles, replace(samples.spec, adapts=(False,) * len(samples.kept), tasks=1, samples=block)
+    spec = replace(samples.spec, adapts=(False,) * len(samples.kept), tasks=1, samples=block, ragged=False)
+    return rows, tiles, spec
 
 
 def _programs(spec: DualSpec, tasks: int, rows: int) -> int:

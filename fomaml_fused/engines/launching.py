@@ -149,13 +149,14 @@ def wanted_layers(spec: Spec, needed: Sequence[bool]) -> list[bool]:
     return [want or (any(needed[of:]) and spec.adapts[i]) for i, want in enumerate(wanted)]
 
 
-def counts(weight: Tensor | None, share: float | Tensor, tasks: int, samples: int) -> tuple[Tensor | None, float]:
+def counts(part: Tensor | None, share: float | Tensor, tasks: int, samples: int) -> tuple[Tensor | None, float]:
     """What each sample counts in a sum of tasks' mean losses, [T, N] or None where all are alike, and its unit.
 
-    share: what each task counts. In that unit gradients are of the size of a sample's own, which 16 bits hold.
+    part: what it counts in its task's, as of `part_of_task`.  share: what each task counts. In that unit gradients are
+    of the size of a sample's own, which 16 bits hold.
     """
     per_task = max(samples, 1)
-    found = None if weight is None else part_of_task(weight) * per_task
+    found = None if part is None else part * per_task
     if not isinstance(share, Tensor):
         return found, share / per_task
     # Shares of a mean over tasks are near 1 / T, of a sum near 1, and which they are only the device knows.
@@ -170,8 +171,10 @@ def passes_that_count(problem: Problem, query: Query) -> dict[int, float]:
     return {k: weight for k, weight in enumerate(query.step_weights or (), 1) if weight} or last
 
 
-def part_of_task(weight: Tensor) -> Tensor:
-    """What each sample counts in the loss of its task."""
+def part_of_task(weight: Tensor | None) -> Tensor | None:
+    """What each sample counts in the loss of its task; None where all count the same."""
+    if weight is None:
+        return None
     weight = weight.float()
     return weight / weight.sum(-1, keepdim=True)
 

@@ -182,7 +182,8 @@ def _support_targets(adapted: Adapted, x: Tensor, y: Tensor | None, weight: Tens
     if problem.loss.name == "callable":
         d = loss_of_task(problem, problem.loss, y, weight).gradient(_forward(adapted, x), float(samples))
         return Targets(cotangent=d.contiguous()), 1 / samples
-    return Targets(y, None if weight is None else part_of_task(weight) * samples), 1 / samples
+    part = part_of_task(weight)
+    return Targets(y, None if part is None else part * samples), 1 / samples
 
 
 def _clipped(adapted: Adapted, flat: Tensor, norm: float, value: float | None) -> Tensor:
@@ -207,7 +208,7 @@ def _measure(adapted: Adapted, query: Query, needed: Sequence[bool], share: floa
     problem = adapted.plan.problem
     x, y, weight = tensors(query)
     if problem.outer_loss.name != "callable":
-        of_samples, unit = counts(weight, share, *x.shape[:2])
+        of_samples, unit = counts(part_of_task(weight), share, *x.shape[:2])
         return _reverse(adapted, x, Targets(y, of_samples), unit, needed[1:], needed[0])
     outputs = _forward(adapted, x)
     loss = loss_of_task(problem, problem.outer_loss, y, weight)
