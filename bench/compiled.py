@@ -105,7 +105,7 @@ def _cases() -> list[Case]:
         *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
         *(Case(layered, "layered", precision) for precision in precisions[:3]),
         *(Case(replace(crowd, name="ragged"), "dual", precision, ragged=True) for precision in precisions[:3]),
-        Case(replace(layered, name="ragged"), "layered", "tf32", ragged=True),
+        Case(replace(layered, name="ragged layers"), "layered", "tf32", ragged=True),
         Case(folding, "layered", "tf32"),
         *(Case(WORKLOADS["meta_siren"], "chained", precision) for precision in ("tf32", "bf16")),
         *(Case(policy, "chained", precision, predicts=True) for precision in precisions[:3]),

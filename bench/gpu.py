@@ -37,7 +37,7 @@ BUDGETS = {False: 500.0, True: 60.0}  # seconds; of a dry run and not
 GRACE = 15.0  # seconds past its deadline until a process is killed
 STUCK = 120.0  # seconds without a sign until it is
 COMPILED = ("compile(vmap(grad))",)  # the peers whose device time is asked for
-KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("resident", "dual", "primal", "resident_rules"))
+KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("resident", "dual", "packs", "primal", "resident_rules"))
 WORKER = (sys.executable, "-m", "bench.gpu_timing")
 # For time may run out: the workloads in the order of what is to be learned from them.
 ORDER = tuple(dict.fromkeys(("sine K=5", "omniglot", "wide", "crowd", *WORKLOADS)))

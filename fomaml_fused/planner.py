@@ -140,6 +140,7 @@ def _choose(plans: dict[str, Plan | str], backend: str, told: Override) -> Plan:
 def forget_plans() -> None:
     """Plan anew from now on, where something that plans depend on has changed."""
     _make_plan.cache_clear()
+    _make_packed_plan.cache_clear()
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

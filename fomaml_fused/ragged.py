@@ -28,7 +28,7 @@ Counts = Sequence[int] | Tensor
 # By how much counts of a group may differ: the largest over the smallest. The last puts all into one group.
 RATIOS = (1.0, 1.25, 2.0, math.inf)
 _OPS = 12  # torch ops of a layer in a step and back
-_TILE = 64  # samples, the largest that packs fill
+_ROWS, _HISTORY = 16, 32  # the smallest tiles that packs fill
 
 
 @dataclass(frozen=True)
@@ -176,26 +176,29 @@ def _plan_packs(
     shots, queries = [counts.shots[t] for t in tasks], [counts.queries[t] for t in tasks]
     if not steps or not min(queries):
         return "without a step there is no history, and without a query no mean"
-    largest, obstacle = max(shots), ""
-    best: tuple[Plan, int, int] | None = None
-    # As many shots as a tile of samples or of history holds; which of them, a first look at how many packs that makes.
-    for rows in {largest, *(n for n in (16, 32, _TILE, _TILE // steps) if n > largest)}:
-        count = -(-sum(shots) // rows)
-        most = max(max(queries), -(-sum(queries) // count))
-        own = replace(sizes, tasks=1 << (count - 1).bit_length(), shots=rows, queries=_round_up(most), packed=True)
-        plan = make_packed_plan(problem, own, backend, precision)
-        if isinstance(plan, str):
-            obstacle = plan
-        elif best is None or plan.estimate.seconds < best[0].estimate.seconds:
-            best = plan, rows, most
-    if best is None:
-        return obstacle
-    plan, rows, most = best
+    largest = max(shots)
+    # As many rows as cost no larger tile, of samples or of history, than the largest task has, or the smallest tiles.
+    rows = max(largest, min(_tile(largest, _ROWS), _tile(largest * steps, _HISTORY) // steps))
+    most = max(max(queries), -(-sum(queries) * rows // sum(shots)))
+
+    def planned(count: int) -> Plan | str:
+        rounder = replace(sizes, tasks=_round_up(count), shots=rows, queries=_round_up(most), packed=True)
+        return make_packed_plan(problem, rounder, backend, precision)
+
+    if isinstance(why := planned(-(-sum(shots) // rows)), str):  # before the work of filling them
+        return why
     order, places = fill(tasks, counts.shots, counts.queries, rows, most)
     packs = Packs(order, places, rows, most, steps)
+    plan = planned(packs.count)
+    assert isinstance(plan, Plan)
     own = replace(sizes, tasks=packs.count, shots=rows, queries=most, packed=True)
     reason = f"{len(tasks)} tasks in {packs.count} packs; {plan.reason}"
     return packs, replace(plan, sizes=own, chunk=min(plan.chunk, packs.count), reason=reason)
+
+
+def _tile(count: int, least: int) -> int:
+    """The side of a tile for so many samples."""
+    return max(least, 1 << (count - 1).bit_length())
 
 
 def _samples(group: Group | Packs) -> int:
@@ -208,7 +211,7 @@ def _plan(problem: Problem, sizes: Sizes, group: Group, backend: str, precision:
     tasks = len(group.tasks)
     rounder = replace(
         sizes,
-        tasks=1 << (tasks - 1).bit_length(),
+        tasks=_round_up(tasks),
         shots=min(_round_up(group.shots), sizes.shots),
         queries=_round_up(group.queries),
     )

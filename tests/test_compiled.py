@@ -33,6 +33,7 @@ KNOWN = {
     "omniglot inner_kernel bf16 on sm_100",
     "crowd inner_kernel tf32x3 on sm_80",
     "crowd query_kernel forward tf32x3 on sm_80",
+    "ragged inner_kernel tf32x3 on sm_80",
 }
 
 

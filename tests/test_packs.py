@@ -165,9 +165,9 @@ def test_the_planner_packs_what_would_be_padded() -> None:
     many = Case(widths=(64, 128, 64, 10), tasks=3000, shots=5, queries=5, steps=3, support_counts=shots)
     ((packs, plan),) = planned(many)
     assert isinstance(packs, Packs)
-    assert plan.engine == "dual"
+    assert plan.engine in ("dual", "layered")
     assert plan.reason.startswith(f"3000 tasks in {packs.count} packs; ")
-    assert packs.count <= 1.1 * sum(shots) / packs.shots
+    assert packs.count <= 1.2 * sum(shots) / packs.shots
     groups = planned(many, packs=False)
     assert not any(isinstance(group, Packs) for group, _ in groups)
     assert plan.estimate.seconds < sum(plan.estimate.seconds for _, plan in groups)
