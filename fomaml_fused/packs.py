@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .batch import Query, Support
+from .batch import Query, Support, compute_dtype
 
 NOBODY = -1
 
@@ -130,7 +130,9 @@ def counted(query: Query, task_weight: Tensor | None, share: float | Tensor) -> 
 
 
 def _parts(weight: Tensor | None, counts: Sequence[int], x: Tensor) -> Tensor:
-    """What each sample counts in the mean over its task, [T, N]."""
+    """What each sample counts in the mean over its task, [T, N], in the dtype that engines work in."""
     there = torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
-    weight = there.to(x.dtype) if weight is None else torch.where(there, weight, 0.0)
-    return weight / weight.sum(1, keepdim=True)
+    part = there.to(compute_dtype(x.dtype))
+    if weight is not None:
+        part = torch.where(there, weight, 0.0).to(part.dtype)
+    return part / part.sum(1, keepdim=True)

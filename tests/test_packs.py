@@ -217,3 +217,19 @@ def test_rows_are_the_samples_of_their_owner_and_weights_add_up_to_1() -> None:
     assert fewer.owner.tolist() == [[0, 0, NOBODY], [1, NOBODY, NOBODY]]
     assert fewer.x[..., 0].tolist() == [[1, 2, 0], [4, 0, 0]]
     assert fewer.weight.tolist() == [[0.5, 0.5, 0], [1, 0, 0]]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the arithmetic is that of other tests")
+def test_sixteen_bit_parameters_are_computed_in_float32() -> None:
+    """A third is no number of 16 bits: what samples count is in float32, and so is all that is made of it."""
+    case = replace(CASE, weighted=True)
+    model, batch = case.model(torch.bfloat16), on_device_with_counts(case)
+    exact = ff.FOMAML(case.model(torch.bfloat16).float(), **case.options(), backend="reference")
+    meta = ff.FOMAML(model.to(kernel_device()), **case.options(), backend="triton")
+    rounded = {name: v.bfloat16() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    whole = {name: v.float().cpu() if isinstance(v, torch.Tensor) else v for name, v in rounded.items()}
+    with ff.override(engine="dual", packs=True):
+        found = torch.autograd.grad(meta(**rounded), list(meta.model.parameters()))
+    expected = torch.autograd.grad(exact(**whole), list(exact.model.parameters()))
+    for actual, value in zip(found, expected, strict=True):
+        assert relative_error(actual, value) < 2.0**-8
