@@ -72,7 +72,7 @@ class Group:
         return slice(None) if len(self.tasks) == len(x) else torch.tensor(self.tasks, device=x.device)
 
 
-Planned = list[tuple[Group | Packs, Plan]]
+PlannedGroups = list[tuple[Group | Packs, Plan]]
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def read_counts(name: str, counts: Counts | None, tasks: int, most: int, least: 
 
 def plan_groups(
     problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str, compiled: bool = False
-) -> Planned:
+) -> PlannedGroups:
     """The groups that the cost model finds the fastest, each with its plan."""
 
-    def planned(ratio: float) -> Planned:
+    def planned(ratio: float) -> PlannedGroups:
         return [(group, _plan(problem, sizes, group, backend, precision, compiled)) for group in counts.groups(ratio)]
 
     # What a sample gives under a BatchNorm depends on all samples of its set, so padding would show.
@@ -144,9 +144,9 @@ def plan_groups(
 
 
 def plan_packs(
-    groups: Planned, problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
-) -> Planned:
-    """Planned groups, or in place of those of as many steps the packs of their tasks, where that is faster.
+    groups: PlannedGroups, problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
+) -> PlannedGroups:
+    """PlannedGroups groups, or in place of those of as many steps the packs of their tasks, where that is faster.
 
     Raises:
         ValueError: packs are what the planner is told to take, and there is an obstacle.
@@ -154,7 +154,7 @@ def plan_packs(
     told = overriding().packs
     if told is False:
         return groups
-    found: Planned = []
+    found: PlannedGroups = []
     for steps, of_steps in groupby(groups, key=lambda pair: pair[0].steps):
         alike = list(of_steps)
         packed = _plan_packs(with_steps(problem, steps), alike, sizes, counts, backend, precision)
@@ -169,7 +169,7 @@ def plan_packs(
 
 
 def _plan_packs(
-    problem: Problem, groups: Planned, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
+    problem: Problem, groups: PlannedGroups, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
 ) -> tuple[Packs, Plan] | str:
     """The packs of all tasks of some groups, with their plan; or why there are none."""
     tasks, steps = [t for group, _ in groups for t in group.tasks], problem.inner.steps

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fomaml_fused as ff
 from fomaml_fused.batch import Support
 from fomaml_fused.packs import NOBODY, Packs, fill
-from fomaml_fused.ragged import Planned, TaskCounts, plan_groups, plan_packs
+from fomaml_fused.ragged import PlannedGroups, TaskCounts, plan_groups, plan_packs
 
 from .cases import Case, assert_no_worse_than_twice, by_oracle, relative_error, yardsticks
 from .kernel_contract import INTERPRETED, watched
@@ -27,7 +27,7 @@ COUNTS: dict[str, Any] = {"support_counts": (6, 2, 3, 1, 1, 4, 5), "query_counts
 CASE = Case(widths=(9, 20, 5, 3), activation="gelu", tasks=7, shots=6, queries=7, steps=3, **COUNTS)
 
 
-def planned(case: Case, engine: str | None = None, *, packs: bool | None = None) -> Planned:
+def planned(case: Case, engine: str | None = None, *, packs: bool | None = None) -> PlannedGroups:
     """The parts that a case is planned in, on the device where kernels run."""
     meta = case.meta(case.model(torch.float32).to(kernel_device()), "triton")
     sizes = meta.plan(case.tasks, case.shots, case.queries).sizes
