@@ -64,6 +64,11 @@ class Case:
         options = {"lr": w.lr, "steps": w.steps, "loss": w.loss, **self.options}
         return ff.FOMAML(w.model(), backend="triton", precision=self.precision, **options)
 
+    def counts(self, tasks: int) -> dict[str, list[int]]:
+        """What a call is told of its tasks: from 1 to all of the workload's shots, and as many queries."""
+        counts = [1 + t % self.workload.shots for t in range(tasks)]
+        return {"support_counts": counts, "query_counts": counts} if self.ragged else {}
+
     def name(self, launch: Launch) -> str:
         """As "sine meta_kernel tf32"; of a layer's kernel, "layered forward_kernel 1 query tf32".
 
@@ -120,10 +125,9 @@ CASES = _cases()
 @cache
 def launches(case: Case, target: str) -> dict[str, Launch]:
     """What the public calls launch, by name; of a name that comes again, with arguments left out, the first."""
-    meta, batch, workload = case.meta(), case.workload.batch(), case.workload
-    counts = {"support_counts": [1 + t % workload.shots for t in range(workload.tasks)]} if case.ragged else {}
+    meta, batch = case.meta(), case.workload.batch()
     with recorded(target) as found, ff.override(engine=case.engine, packs=case.ragged):
-        meta(*batch, **counts).backward()
+        meta(*batch, **case.counts(case.workload.tasks)).backward()
         if case.predicts:
             meta.predict(*batch[:3]).sum().backward()
     names = [case.name(launch) for launch in found]

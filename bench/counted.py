@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ARCHITECTURES = (80, 90)
 CASES = (
     *(Case(WORKLOADS[name], "resident", p) for name in ("sine", "sine K=5") for p in ("tf32", "tf32x3", "bf16")),
     *(Case(WORKLOADS[name], "dual", p) for name in ("omniglot", "crowd") for p in ("tf32", "tf32x3")),
+    Case(replace(WORKLOADS["crowd"], name="ragged crowd"), "dual", "tf32", ragged=True),
     *(Case(WORKLOADS["rl"], "chained", p) for p in ("tf32", "bf16")),
 )
 COLUMNS = ("instructions", "matrix", "barriers", "wavefronts", "sectors")
@@ -46,9 +48,12 @@ def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> li
         workload, meta = case.workload, case.meta()
         with ff.override(engine=case.engine):
             config = meta.plan(workload.tasks, workload.shots, workload.queries).config
-        batch = workload.batch(tasks=2 * getattr(config, "tasks", 1))
-        with ff.override(engine=case.engine, config=config), emulator.record() as launches:
-            meta(*batch).backward()
+        tasks = 2 * getattr(config, "tasks", 1)
+        if case.ragged:  # one of each size; a pack has the configuration that is planned for it
+            tasks, config = workload.shots, None
+        batch = workload.batch(tasks=tasks)
+        with ff.override(engine=case.engine, config=config, packs=case.ragged), emulator.record() as launches:
+            meta(*batch, **case.counts(tasks)).backward()
         about = {"workload": workload.name, "precision": case.precision, "target": f"sm_{architecture}"}
         names = [launch.name for launch in launches]
         for i, launch in enumerate(launches):
