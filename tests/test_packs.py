@@ -138,6 +138,19 @@ def test_chunks_of_packs_add_up() -> None:
         check(case, "dual")
 
 
+@ENGINES
+def test_results_repeat_bit_by_bit(engine: str) -> None:
+    if not INTERPRETED and engine == "layered":
+        pytest.skip("the parts are those of the other engine")
+    model, batch = CASE.model(torch.float32).to(kernel_device()), on_device_with_counts(CASE)
+    meta = ff.FOMAML(model, **CASE.options(), backend="triton")
+    runs = []
+    for _ in range(2):
+        with ff.override(engine=engine, packs=True):
+            runs.append(torch.autograd.grad(meta(**batch), list(model.parameters())))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
