@@ -46,11 +46,12 @@ def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> li
     rows = []
     for case in cases:
         workload, meta = case.workload, case.meta()
-        with ff.override(engine=case.engine):
-            config = meta.plan(workload.tasks, workload.shots, workload.queries).config
-        tasks = 2 * getattr(config, "tasks", 1)
         if case.ragged:  # one of each size; a pack has the configuration that is planned for it
             tasks, config = workload.shots, None
+        else:
+            with ff.override(engine=case.engine):
+                config = meta.plan(workload.tasks, workload.shots, workload.queries).config
+            tasks = 2 * getattr(config, "tasks", 1)
         batch = workload.batch(tasks=tasks)
         with ff.override(engine=case.engine, config=config, packs=case.ragged), emulator.record() as launches:
             meta(*batch, **case.counts(tasks)).backward()

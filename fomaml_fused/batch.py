@@ -106,6 +106,27 @@ def cast_targets(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.to(dtype) if y.is_floating_point() else y
 
 
+def present(counts: Sequence[int], most: int, like: Tensor) -> Tensor | None:
+    """Which samples there are, [t, most]; None for all."""
+    if all(n == most for n in counts):
+        return None
+    return torch.arange(most, device=like.device) < torch.tensor(counts, device=like.device)[:, None]
+
+
+def cleared(values: Tensor, there: Tensor | None) -> Tensor:
+    """Samples, 0 where there are none: a weight of 0 would not keep out what is not finite."""
+    if there is None:
+        return values
+    return torch.where(there.view(*there.shape, *[1] * (values.dim() - there.dim())), values, 0)
+
+
+def masked(weight: Tensor | None, there: Tensor | None, like: Tensor) -> Tensor | None:
+    """Weights of samples, 0 where there are none."""
+    if there is None:
+        return weight
+    return there.to(like.dtype) if weight is None else torch.where(there, weight, 0.0)
+
+
 def check_support(problem: Problem, like: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Support:
     """The support sets of a batch, or the error that says what is wrong with them.
 

@@ -132,17 +132,15 @@ class Call:
         sizes, steps = self._sizes(support, 0), self.problem.inner.steps
         planned = plan_groups(self.problem, sizes, counts, self.backend, self.precision, self.compiled)
         together = plan_packs(planned, self.problem, sizes, counts, self.backend, self.precision) if packs else planned
-        weights = [step_weights_of(group, self.step_weights, steps) for group, _ in together]
-        return [
-            Part(
-                group.tasks,
-                plan,
-                group.support(support, counts.shots),
-                None if query is None else group.query(query, counts.queries, weight),
-                factor_of(group, self.step_weights),
-            )
-            for (group, plan), weight in zip(together, weights, strict=True)
-        ]
+        parts = []
+        for group, plan in together:
+            queries = query
+            if query is not None:
+                weights = step_weights_of(group, query.step_weights, steps)
+                queries = group.query(query, counts.queries, weights)
+            factor = factor_of(group, self.step_weights)
+            parts.append(Part(group.tasks, plan, group.support(support, counts.shots), queries, factor))
+        return parts
 
     def plan(self, support: Support, queries: int, *, compiled: bool = False) -> Plan:
         """How a batch with these support sets is computed; compiled: as of `make_plan`."""

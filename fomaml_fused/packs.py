@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .batch import Query, Support, compute_dtype
+from .batch import Query, Support, cleared, compute_dtype, masked, present
 
 NOBODY = -1
 
@@ -79,8 +79,7 @@ class _Rows:
 
     def of(self, values: Tensor) -> Tensor:
         """Values of samples [T, N, ...] as rows [packs, rows, ...]; 0 in those that are nobody's."""
-        there = (self.owner != NOBODY).view(*self.owner.shape, *[1] * (values.dim() - 2))
-        return torch.where(there, values.flatten(0, 1)[self.index], 0)
+        return cleared(values.flatten(0, 1)[self.index], self.owner != NOBODY)
 
 
 def fill(
@@ -131,8 +130,6 @@ def counted(query: Query, task_weight: Tensor | None, share: float | Tensor) -> 
 
 def _parts(weight: Tensor | None, counts: Sequence[int], x: Tensor) -> Tensor:
     """What each sample counts in the mean over its task, [T, N], in the dtype that engines work in."""
-    there = torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None]
-    part = there.to(compute_dtype(x.dtype))
-    if weight is not None:
-        part = torch.where(there, weight, 0.0).to(part.dtype)
+    weight = masked(weight, present(counts, x.shape[1], x), x)
+    part = (x.new_ones(x.shape[:2]) if weight is None else weight).to(compute_dtype(x.dtype))
     return part / part.sum(1, keepdim=True)

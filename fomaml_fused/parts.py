@@ -64,9 +64,8 @@ def fused_loss(
         query, share = part.query, part.factor / whole
         if query is not None and query.owner is not None:
             query, share = counted_by_task(query, weight, share)
-        else:
-            own = weight if part.tasks is None or weight is None else weight[list(part.tasks)]
-            share = share if own is None else own * share
+        elif weight is not None:
+            share = share * (weight if part.tasks is None else weight[list(part.tasks)])
         found, counted = meta_loss(
             part.plan, part.support, query, share, parameters(part.plan.problem), compiled=compiled
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Query, Sizes, Support
+from .batch import Query, Sizes, Support, cleared, masked, present
 from .costs import CPU
 from .packs import Packs, fill
 from .planner import make_packed_plan, make_plan
@@ -54,18 +54,18 @@ class Group:
         x, y, weight = (None if t is None else t[index][(*rows, slice(self.shots))] for t in own)
         assert x is not None
         assert y is not None
-        there = _there([shots[t] for t in self.tasks], self.shots, x)
+        there = present([shots[t] for t in self.tasks], self.shots, x)
         if there is not None and support.each_step:
             there = there[:, None].expand(-1, self.steps, -1)
-        return Support(_cleared(x, there), _cleared(y, there), _masked(weight, there, x))
+        return Support(cleared(x, there), cleared(y, there), masked(weight, there, x))
 
     def query(self, query: Query, queries: Sequence[int], step_weights: tuple[float, ...] | None) -> Query:
         """The group's query sets, alike."""
         index = self._index(query.x)
         weight = None if query.weight is None else query.weight[index, : self.queries]
-        there = _there([queries[t] for t in self.tasks], self.queries, query.x)
+        there = present([queries[t] for t in self.tasks], self.queries, query.x)
         x, y = query.x[index, : self.queries], query.y[index, : self.queries]
-        return Query(_cleared(x, there), _cleared(y, there), _masked(weight, there, x), None, step_weights)
+        return Query(cleared(x, there), cleared(y, there), masked(weight, there, x), None, step_weights)
 
     def _index(self, x: Tensor) -> Any:
         """What takes the tasks out of those of x [T, ...]; views where they are all."""
@@ -146,7 +146,7 @@ def plan_groups(
 def plan_packs(
     groups: PlannedGroups, problem: Problem, sizes: Sizes, counts: TaskCounts, backend: str, precision: str
 ) -> PlannedGroups:
-    """PlannedGroups groups, or in place of those of as many steps the packs of their tasks, where that is faster.
+    """Planned groups, or in place of those of as many steps the packs of their tasks, where that is faster.
 
     Raises:
         ValueError: packs are what the planner is told to take, and there is an obstacle.
@@ -256,24 +256,3 @@ def _bucket(count: int, ratio: float) -> int:
     if math.isinf(ratio):
         return -1
     return -math.floor(math.log(count) / math.log(ratio) + 1e-9) - 1
-
-
-def _there(counts: list[int], most: int, like: Tensor) -> Tensor | None:
-    """Which samples there are, [t, most]; None for all."""
-    if all(n == most for n in counts):
-        return None
-    return torch.arange(most, device=like.device) < torch.tensor(counts, device=like.device)[:, None]
-
-
-def _cleared(values: Tensor, there: Tensor | None) -> Tensor:
-    """Samples, 0 where there are none: a weight of 0 would not keep out what is not finite."""
-    if there is None:
-        return values
-    return torch.where(there.view(*there.shape, *[1] * (values.dim() - there.dim())), values, 0)
-
-
-def _masked(weight: Tensor | None, there: Tensor | None, like: Tensor) -> Tensor | None:
-    """Weights of samples, 0 where there are none."""
-    if there is None:
-        return weight
-    return there.to(like.dtype) if weight is None else torch.where(there, weight, 0.0)

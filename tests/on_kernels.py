@@ -22,9 +22,10 @@ def kernel_device() -> torch.device:
     return device
 
 
-def on_device(case: Case) -> dict[str, Tensor]:
+def on_device(case: Case) -> dict[str, Any]:
     """A case's batch where kernels run."""
-    return {name: t.detach().to(kernel_device()) for name, t in case.batch(torch.float32).items()}
+    batch, device = case.batch(torch.float32), kernel_device()
+    return {name: t.detach().to(device) if isinstance(t, Tensor) else t for name, t in batch.items()}
 
 
 def by_kernels(

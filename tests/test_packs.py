@@ -21,6 +21,8 @@ from .on_kernels import by_kernels, in_precision, kernel_device, on_device
 
 pytest.importorskip("triton")
 
+from fomaml_fused.kernels.configuration import DualConfig
+
 __all__ = ["watched"]
 ENGINES = pytest.mark.parametrize("engine", ["dual", "layered"])
 COUNTS: dict[str, Any] = {"support_counts": (6, 2, 3, 1, 1, 4, 5), "query_counts": (1, 7, 2, 3, 4, 5, 3)}
@@ -109,7 +111,7 @@ def test_random_counts(engine: str, data: st.DataObject) -> None:
 @ENGINES
 def test_a_diverged_task_spoils_no_other_of_its_pack(engine: str) -> None:
     case = replace(CASE, activation="relu", steps=4, lr=1.0, shots=3, support_counts=(2, 1, 3, 1, 1, 2, 3))
-    model, batch = case.model(torch.float32).to(kernel_device()), on_device_with_counts(case)
+    model, batch = case.model(torch.float32).to(kernel_device()), on_device(case)
     meta = ff.FOMAML(model, **case.options(), backend="triton")
     found = []
     for target in (1.0, 1e30):
@@ -124,12 +126,6 @@ def test_a_diverged_task_spoils_no_other_of_its_pack(engine: str) -> None:
     assert spoilt[1].isnan().any()
 
 
-def on_device_with_counts(case: Case) -> dict[str, Any]:
-    """A case's batch where kernels run, counts and all."""
-    counts = {"support_counts": case.support_counts, "query_counts": case.query_counts}
-    return on_device(replace(case, support_counts=None, query_counts=None)) | counts
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="the arithmetic is that of other tests")
 def test_chunks_of_packs_add_up() -> None:
     case = replace(CASE, tasks=21, support_counts=COUNTS["support_counts"] * 3, query_counts=COUNTS["query_counts"] * 3)
@@ -138,11 +134,18 @@ def test_chunks_of_packs_add_up() -> None:
         check(case, "dual")
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the arithmetic is that of other tests")
+@ENGINES
+def test_programs_may_take_several_packs(engine: str) -> None:
+    with ff.override(config=DualConfig(4, 16, tasks=2)):
+        check(CASE, engine)
+
+
 @ENGINES
 def test_results_repeat_bit_by_bit(engine: str) -> None:
     if not INTERPRETED and engine == "layered":
         pytest.skip("the parts are those of the other engine")
-    model, batch = CASE.model(torch.float32).to(kernel_device()), on_device_with_counts(CASE)
+    model, batch = CASE.model(torch.float32).to(kernel_device()), on_device(CASE)
     meta = ff.FOMAML(model, **CASE.options(), backend="triton")
     runs = []
     for _ in range(2):
@@ -236,7 +239,7 @@ def test_rows_are_the_samples_of_their_owner_and_weights_add_up_to_1() -> None:
 def test_sixteen_bit_parameters_are_computed_in_float32() -> None:
     """A third is no number of 16 bits: what samples count is in float32, and so is all that is made of it."""
     case = replace(CASE, weighted=True)
-    model, batch = case.model(torch.bfloat16), on_device_with_counts(case)
+    model, batch = case.model(torch.bfloat16), on_device(case)
     exact = ff.FOMAML(case.model(torch.bfloat16).float(), **case.options(), backend="reference")
     meta = ff.FOMAML(model.to(kernel_device()), **case.options(), backend="triton")
     rounded = {name: v.bfloat16() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
