@@ -77,7 +77,7 @@ def output_gradient(b_out, p_y, p_r, share, p_cotangent, p_loss, here, rows, LOS
             b_r = tl.where(m, share, 0.0)
         else:
             b_r = tl.load(p_r + i + o, mask=m, other=0.0)
-        b_value, b_d = sample_losses(b_out, b_y, OUT, LOSS)
+        b_value, b_d = sample_losses(b_out, b_y, 1.0, OUT, LOSS)
         b_d = tl.where(m[None, :], b_d * b_r[None, :], 0.0)
         if p_loss is not None:
             tl.store(p_loss + i + o, tl.sum(b_value, 0) * b_r, mask=m)

@@ -16,6 +16,12 @@ def takes_classes(LOSS):
     return LOSS[0] == "cross_entropy"
 
 
+@triton.constexpr_function
+def slope_unit(LOSS):
+    """What of a loss's derivative is the same for all samples, and so goes into what scales them all."""
+    return 2.0 if LOSS[0] == "mse" else 1.0
+
+
 @triton.jit
 def expected_classes(b_class, OUT: tl.constexpr, C: tl.constexpr, LOSS: tl.constexpr):
     """The distribution that cross-entropy aims at, [C, B], from classes [1, B]; nan for one that does not exist."""
@@ -26,8 +32,8 @@ def expected_classes(b_class, OUT: tl.constexpr, C: tl.constexpr, LOSS: tl.const
 
 
 @triton.jit
-def sample_losses(b_z, b_y, OUT: tl.constexpr, LOSS: tl.constexpr):
-    """The loss of each sample, [1, B], and its gradient with respect to the outputs, [C, B], 0 in padding.
+def sample_losses(b_z, b_y, share, OUT: tl.constexpr, LOSS: tl.constexpr):
+    """The loss of each sample, [1, B], and `share` times its gradient with respect to the outputs, [C, B], 0 in padding.
 
     b_z: outputs [C, B].  b_y: targets [C, B]; for cross-entropy, what `expected_classes` gives.
     """
@@ -37,21 +43,21 @@ def sample_losses(b_z, b_y, OUT: tl.constexpr, LOSS: tl.constexpr):
         b_e = tl.where(m, tl.exp(b_z), 0.0)
         b_sum = tl.sum(b_e, 0)[None, :]
         b_value = tl.log(b_sum) - tl.sum(b_y * tl.where(m, b_z, 0.0), 0)[None, :]
-        b_gradient = b_e / b_sum - b_y
+        b_gradient = (b_e / b_sum - b_y) * share
     else:
         b_each, b_slope = _output_losses(b_z, b_y, LOSS)
         b_value = tl.sum(tl.where(m, b_each, 0.0), 0)[None, :] * (1.0 / OUT)
-        b_gradient = tl.where(m, b_slope * (1.0 / OUT), 0.0)
+        b_gradient = tl.where(m, b_slope * (share * (slope_unit(LOSS) / OUT)), 0.0)
     return b_value, b_gradient
 
 
 @triton.jit
 def _output_losses(b_z, b_y, LOSS: tl.constexpr):
-    """The loss of each output and its derivative, for losses that are a mean over outputs."""
+    """The loss of each output, for losses that are a mean over outputs, and its derivative in `slope_unit`."""
     b_e = b_z - b_y
     if LOSS[0] == "mse":
         b_each = b_e * b_e
-        b_slope = 2.0 * b_e
+        b_slope = b_e
     elif LOSS[0] == "l1":
         b_each = tl.abs(b_e)
         b_slope = tl.where(b_e > 0.0, 1.0, tl.where(b_e < 0.0, -1.0, b_e))

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .activations import activate, keeps_output, leaves_zero, pull_back
 from .products import dot
-from .spec import activation, depth, lowest, padded, samples, width
+from .spec import activation, depth, lowest, padded, samples, tf32_operands, width
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def backward(
 ):
     """Step against the gradients of the layers in MOVING, from that of the outputs, b_d [OUT, B].
 
-    sums: what the steps are added to.  p_rates: the rate of each layer; None for -1, which adds the gradients as they
-    are. Returns the gradient of the network's input [IN, B], where FEATURES asks for it, and the sums.
+    sums: what the steps are added to.  p_rates: the rate of each layer; None where gradients are added as they are.
+    Returns the gradient of the network's input [IN, B], where FEATURES asks for it, and the sums.
     """
     sums_w = ()
     sums_b = ()
@@ -44,12 +44,12 @@ def backward(
             if i > lowest(MOVING, FEATURES) or FEATURES:
                 b_d = _linear_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
             if MOVING[i]:
-                rate = -1.0
+                factor = 1.0
                 if p_rates is not None:
-                    rate = tl.load(p_rates + i)
-                b_w = _step(b_w, b_g, inputs[i], rate, width(SPEC, i), width(SPEC, i + 1), SPEC)
+                    factor = -tl.load(p_rates + i)
+                b_w = _step(b_w, b_g, inputs[i], factor, width(SPEC, i), width(SPEC, i + 1), SPEC)
                 if SPEC.biases[i]:
-                    b_b -= rate * tl.sum(b_g, 1)
+                    b_b += factor * tl.sum(b_g, 1)
         sums_w = (b_w,) + sums_w
         sums_b = (b_b,) + sums_b
     return b_d, (sums_w, sums_b)
@@ -75,7 +75,7 @@ def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constex
     elif OUT == 1:
         b_z = tl.sum(b_w[:, None] * b_h, 0)[None, :] + b_b[:, None]
     else:
-        b_z = dot(b_w, b_h, tl.zeros([padded(OUT), samples(SPEC)], tl.float32) + b_b[:, None], SPEC)
+        b_z = _product(b_w, tl.trans(b_h), tl.broadcast_to(b_b[:, None], [padded(OUT), samples(SPEC)]), SPEC)
     return b_z
 
 
@@ -92,11 +92,31 @@ def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.con
 
 
 @triton.jit
-def _step(b_w, b_d, b_h, rate, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
-    """b_w - rate * D @ H.T, in the shape of the weight's tile."""
+def _step(b_w, b_d, b_h, factor, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """b_w + factor * D @ H.T, in the shape of the weight's tile."""
     if IN == 1 or OUT == 1:
-        b_w -= rate * tl.sum(b_d * b_h, 1)
+        b_w += factor * tl.sum(b_d * b_h, 1)
     else:
         # The input is scaled, not the gradient, which 16 bits may hardly hold as it is.
-        b_w = dot(b_d, tl.trans(b_h * -rate), b_w, SPEC)
+        b_w = _product(b_d, b_h * factor, b_w, SPEC)
     return b_w
+
+
+@triton.jit
+def _product(b_a, b_b, b_sum, SPEC: tl.constexpr):
+    """b_sum + b_a @ b_b.T, for b_a that is a sum of products itself, or laid out as one."""
+    return dot(_even_first(b_a, SPEC), tl.trans(_even_first(b_b, SPEC)), b_sum, SPEC)
+
+
+@triton.jit
+def _even_first(b_v, SPEC: tl.constexpr):
+    """The columns of each eight in the order 0 2 4 6 1 3 5 7.
+
+    Thread t of four has columns 2t and 2t + 1 of a sum, and takes t and t + 4 of an operand in tf32. In this order they
+    are the same registers, and what was summed is an operand as it is; over the columns of both operands a product is
+    the same in any order.
+    """
+    if tf32_operands(SPEC):
+        b_v = tl.reshape(b_v, [b_v.shape[0], b_v.shape[1] // 8, 4, 2])
+        b_v = tl.reshape(tl.permute(b_v, [0, 1, 3, 2]), [b_v.shape[0], b_v.shape[1] * 8])
+    return b_v

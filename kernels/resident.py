@@ -246,8 +246,8 @@ def _add_gradient(sums, weights, biases, batch, scale, p_rates, SPEC: tl.constex
     """Step against the support loss's gradient over a tile of samples, or where it is kept add it to `sums`."""
     b_x, b_y, b_r = batch
     b_out, inputs, kept = forward(b_x, weights, biases, SPEC)
-    _value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), support_loss(SPEC))
-    b_d = weighted(b_d, b_r, scale)
+    _value, b_d = sample_losses(b_out, b_y, scale, width(SPEC, depth(SPEC)), support_loss(SPEC))
+    b_d = weighted(b_d, b_r, 1.0)
     if SPEC.momentum or gathers(SPEC):
         _dx, sums = backward(b_d, weights, inputs, kept, sums, None, adapted(SPEC), False, SPEC)
     else:
@@ -285,10 +285,10 @@ def _query_tile(
     """Add a tile of query samples to the loss of its task and to the outer gradient; store what is asked for."""
     b_x, b_y, b_r = batch
     b_out, inputs, kept = forward(b_x, weights, biases, SPEC)
-    b_value, b_d = sample_losses(b_out, b_y, width(SPEC, depth(SPEC)), query_loss(SPEC))
+    b_value, b_d = sample_losses(b_out, b_y, part, width(SPEC, depth(SPEC)), query_loss(SPEC))
     if p_out is not None:
         store_samples(p_out, b_out, i_t, o, Q, width(SPEC, depth(SPEC)), SPEC)
-    b_d = weighted(b_d, b_r, part)
+    b_d = weighted(b_d, b_r, 1.0)
     sums = _query_backward(
         b_d, weights, inputs, kept, sums, p_dx, part_of_sums, WANTED, SPEC.multi_step, i_t, o, Q, SPEC
     )

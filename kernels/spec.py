@@ -153,6 +153,11 @@ def sixteen_bits(SPEC):
 
 
 @triton.constexpr_function
+def tf32_operands(SPEC):
+    return SPEC.precision in ("tf32x3", "tf32")
+
+
+@triton.constexpr_function
 def full(SPEC):
     """Whether a step's sums stand beside the weights, or the outer gradient does during all steps."""
     return walked(SPEC) or SPEC.multi_step

@@ -95,10 +95,16 @@ def add_to_partials(p_partials, sums, rates, scale, i_p, later, SPEC: tl.constex
 @triton.jit
 def load_samples(p_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     """Samples o ... of task i_t from [T, N, WIDTH] as columns [WIDTH, B]; 0 past the end."""
-    o_s = o + tl.arange(0, samples(SPEC))[None, :]
+    o_s = o + tl.arange(0, samples(SPEC))
     o_c = tl.arange(0, padded(WIDTH))[:, None]
     p_task = p_x + i_t * N * WIDTH
-    return tl.load(p_task + o_s * WIDTH + o_c, mask=(o_s < N) & (o_c < WIDTH), other=0.0).to(tl.float32)
+    if WIDTH == 1:
+        # A vector's numbers are in as many registers as it has; a tile of one row would have them once a row of others.
+        b_x = tl.load(p_task + o_s, mask=o_s < N, other=0.0)[None, :]
+    else:
+        m = (o_s < N)[None, :] & (o_c < WIDTH)
+        b_x = tl.load(p_task + o_s[None, :] * WIDTH + o_c, mask=m, other=0.0)
+    return b_x.to(tl.float32)
 
 
 @triton.jit
