@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .activations import activate, keeps_output, leaves_zero, pull_back
 from .products import dot
-from .spec import activation, depth, lowest, padded, samples, tf32_operands, width
+from .spec import activation, depth, in_parts, in_tf32, lowest, padded, samples, width
 
 
 @triton.jit
@@ -75,7 +75,12 @@ def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constex
     elif OUT == 1:
         b_z = tl.sum(b_w[:, None] * b_h, 0)[None, :] + b_b[:, None]
     else:
-        b_z = _product(b_w, tl.trans(b_h), tl.broadcast_to(b_b[:, None], [padded(OUT), samples(SPEC)]), SPEC)
+        b_z = tl.broadcast_to(b_b[:, None], [padded(OUT), samples(SPEC)])
+        if in_parts(SPEC):
+            b_z = _sum_product(b_w, tl.trans(b_h), b_z, SPEC)
+        else:
+            # Whole, the weights are what a step sums into, and to be an operand as well they would be moved about.
+            b_z = dot(b_w, b_h, b_z, SPEC)
     return b_z
 
 
@@ -98,25 +103,26 @@ def _step(b_w, b_d, b_h, factor, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.c
         b_w += factor * tl.sum(b_d * b_h, 1)
     else:
         # The input is scaled, not the gradient, which 16 bits may hardly hold as it is.
-        b_w = _product(b_d, b_h * factor, b_w, SPEC)
+        b_w = _sum_product(b_d, b_h * factor, b_w, SPEC)
     return b_w
 
 
 @triton.jit
-def _product(b_a, b_b, b_sum, SPEC: tl.constexpr):
-    """b_sum + b_a @ b_b.T, for b_a that is a sum of products itself, or laid out as one."""
-    return dot(_even_first(b_a, SPEC), tl.trans(_even_first(b_b, SPEC)), b_sum, SPEC)
+def _sum_product(b_a, b_b, b_sum, SPEC: tl.constexpr):
+    """b_sum + b_a @ b_b.T, for b_a that is a sum of products itself."""
+    if in_tf32(SPEC):
+        b_a = _even_first(b_a)
+        b_b = _even_first(b_b)
+    return dot(b_a, tl.trans(b_b), b_sum, SPEC)
 
 
 @triton.jit
-def _even_first(b_v, SPEC: tl.constexpr):
+def _even_first(b_v):
     """The columns of each eight in the order 0 2 4 6 1 3 5 7.
 
-    Thread t of four has columns 2t and 2t + 1 of a sum, and takes t and t + 4 of an operand in tf32. In this order they
-    are the same registers, and what was summed is an operand as it is; over the columns of both operands a product is
-    the same in any order.
+    Thread t of four has columns 2t and 2t + 1 of a sum in its registers, and takes t and t + 4 of an operand in tf32.
+    In this order they are the same, so a sum becomes an operand without a way through other threads; and a product is
+    the same in whatever order both operands have their columns. (In 16 bits an operand is laid out as a sum is.)
     """
-    if tf32_operands(SPEC):
-        b_v = tl.reshape(b_v, [b_v.shape[0], b_v.shape[1] // 8, 4, 2])
-        b_v = tl.reshape(tl.permute(b_v, [0, 1, 3, 2]), [b_v.shape[0], b_v.shape[1] * 8])
-    return b_v
+    b_v = tl.reshape(b_v, [b_v.shape[0], b_v.shape[1] // 8, 4, 2])
+    return tl.reshape(tl.permute(b_v, [0, 1, 3, 2]), [b_v.shape[0], b_v.shape[1] * 8])

@@ -169,7 +169,7 @@ def query_kernel(p_fast, p_query_x, p_out, T, Q, SPEC: tl.constexpr):
 def query_backward_kernel(p_fast, p_directions, p_query_x, p_d, p_dx, p_partials, T, Q, SPEC: tl.constexpr):
     """The gradients of adapted networks, from those of their outputs, p_d [T, Q, out].  Others as above."""
     i_p = tl.program_id(0)
-    for i in tl.range(i_p, T, tl.num_programs(0)):
+    for i in tl.range(i_p, T, tl.num_programs(0), disable_licm=tight(SPEC)):
         i_t = tl.cast(i, tl.int64)
         weights, biases = load_fast(p_fast, i_t, SPEC)
         sums = zeros(weights), zeros(biases)

@@ -153,8 +153,15 @@ def sixteen_bits(SPEC):
 
 
 @triton.constexpr_function
-def tf32_operands(SPEC):
+def in_tf32(SPEC):
+    """Whether operands are tf32, or split in two that are."""
     return SPEC.precision in ("tf32x3", "tf32")
+
+
+@triton.constexpr_function
+def in_parts(SPEC):
+    """Whether operands are split in two, a high and a low part."""
+    return SPEC.precision == "tf32x3"
 
 
 @triton.constexpr_function

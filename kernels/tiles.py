@@ -99,7 +99,7 @@ def load_samples(p_x, i_t, o, N, WIDTH: tl.constexpr, SPEC: tl.constexpr):
     o_c = tl.arange(0, padded(WIDTH))[:, None]
     p_task = p_x + i_t * N * WIDTH
     if WIDTH == 1:
-        # A vector's numbers are in as many registers as it has; a tile of one row would have them once a row of others.
+        # As a tile of one row, a thread would load it again for every row that it has of the tiles it meets.
         b_x = tl.load(p_task + o_s, mask=o_s < N, other=0.0)[None, :]
     else:
         m = (o_s < N)[None, :] & (o_c < WIDTH)
