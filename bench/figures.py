@@ -11,7 +11,7 @@ from typing import Any
 
 from fomaml_fused.train.files import save_figure
 
-HIGHLIGHTED = ("#c1121f", "#f48c06")
+HIGHLIGHTED = ("#c1121f", "#f48c06", "#ffd166")
 # Of peers: cool and pale, so that ours stand out.
 PALE = ("#7d8597", "#8ecae6", "#588157", "#b5838d", "#6d6875", "#4f86a6", "#d4b483", "#adb5bd")
 

@@ -43,6 +43,17 @@ def ours(workload: Workload, model: nn.Module, batch: TaskBatch, *, engine: str 
     return step
 
 
+def ours_as_function(workload: Workload, model: nn.Module, batch: TaskBatch, **options: Any) -> Step:
+    """The same without autograd, as the peers that are functions: `FOMAML.grad_and_value`."""
+    meta = ff.FOMAML(model, lr=workload.lr, steps=workload.steps, loss=workload.loss, **options)
+
+    def step() -> Result:
+        gradients, loss = meta.grad_and_value(*batch)
+        return loss, gradients
+
+    return step
+
+
 def oracle(workload: Workload, model: nn.Module, batch: TaskBatch) -> Result:
     """The reference, one task at a time."""
     loss = ff.reference.meta_loss(model, *batch, lr=workload.lr, steps=workload.steps, loss=workload.loss)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .batch import Query, Support, compute_dtype
-from .engines import FlatParameters, Gradients, batched
+from .engines import FlatParameters, Gradients, Outcome, batched
 from .engines import compiled as compiled_engine
 from .plans import Plan
 
@@ -49,6 +49,59 @@ def meta_loss(
     present = [p for p in parameters if p is not None]
     found: tuple[Tensor, Tensor | None] = _MetaLoss.apply(job, None if query is None else query.x, *present)
     return found
+
+
+def meta_step(
+    plan: Plan,
+    support: Support,
+    query: Query | None,
+    share: float | Tensor,
+    parameters: FlatParameters,
+    needed: tuple[bool, ...],
+    *,
+    compiled: bool = False,
+) -> Outcome:
+    """What `meta_loss` is made of, without autograd: the loss of all tasks, chunk by chunk, and its gradients.
+
+    Args:
+        needed: which gradients are asked for: of the query features, then of each parameter.
+    """
+    compiled = compiled and plan.engine == "batched"  # kernels are compiled already
+    step = partial(compiled_engine.step if compiled else _engine(plan).step, plan, needed)
+    if plan.engine in ("batched", "native") and support.x.device.type == "cpu":
+        batched.keep_freed_memory()
+    # Dynamo asks for the gradients of what it is given, which those computed from others have not.
+    parameters = [p if p is None or p.is_leaf else p.detach() for p in parameters]
+    if compiled and query is not None:
+        query = compiled_engine.annealed(query)
+    with without_autocast(support.x):
+        if plan.chunk == plan.sizes.tasks:
+            found = step(parameters, support, query, share)
+        else:
+            found = _chunk_by_chunk(step, plan, support, query, share, parameters)
+    return found._replace(gradients=_zeros_for_none(found.gradients, parameters, needed[1:]))
+
+
+def _chunk_by_chunk(
+    step: Callable[..., Outcome],
+    plan: Plan,
+    support: Support,
+    query: Query | None,
+    share: float | Tensor,
+    parameters: FlatParameters,
+) -> Outcome:
+    values, features, counts = [], [], []
+    outer: Gradients = [None] * len(parameters)
+    for tasks in slices(plan):
+        part = share if isinstance(share, float) else share[tasks]
+        queries = None if query is None else query.tasks(tasks)
+        value, dx, gradients, kept = step(parameters, support.tasks(tasks), queries, part)
+        values.append(value)
+        _add(outer, gradients)
+        features += [] if dx is None else [dx]
+        counts += [] if kept is None else [kept]
+    value = _total(values) if values else support.x.new_zeros((), dtype=compute_dtype(support.x.dtype))
+    return Outcome(value, _joined(features) if features else None, outer, _total(counts) if counts else None)
 
 
 def predict(tasks: AdaptedTasks, query_x: Tensor, parameters: FlatParameters) -> Tensor:
@@ -133,37 +186,15 @@ class _MetaLoss(torch.autograd.Function):
         needed = tuple(
             wanted and need for need in (features_needed, *(p is not None and next(needs) for p in parameters))
         )
-        compiled = compiled and plan.engine == "batched"  # kernels are compiled already
-        step = partial(compiled_engine.step if compiled else _engine(plan).step, plan, needed)
-        if plan.engine in ("batched", "native") and support.x.device.type == "cpu":
-            batched.keep_freed_memory()
-        values, features, counts = [], [], []
-        outer: Gradients = [None] * len(parameters)
-        # Dynamo asks for the gradients of what it is given, which those computed from others have not.
-        parameters = tuple(p if p is None or p.is_leaf else p.detach() for p in parameters)
-        if compiled and query is not None:
-            query = compiled_engine.annealed(query)
-        with without_autocast(support.x):
-            for tasks in slices(plan):
-                part = share if isinstance(share, float) else share[tasks]
-                queries = None if query is None else query.tasks(tasks)
-                value, dx, gradients, kept = step(parameters, support.tasks(tasks), queries, part)
-                values.append(value)
-                features.append(dx)
-                _add(outer, gradients)
-                if kept is not None:
-                    counts.append(kept)
+        value, dx, gradients, kept = meta_step(plan, support, query, share, parameters, needed, compiled=compiled)
+        if dx is None and needed[0] and query_x is not None:  # of no task
+            dx = torch.zeros_like(query_x)
         ctx.inputs, ctx.compute_dtype = (query_x, *present), compute_dtype(support.x.dtype)
         ctx.native = plan.engine == "native"
-        dx = None if query_x is None else _whole(features, query_x, needed[0])
-        outer = _zeros_for_none(outer, parameters, needed[1:])
-        ctx.save_for_backward(dx, *(g for g, p in zip(outer, parameters, strict=True) if p is not None))
-        if not values:
-            return support.x.new_zeros((), dtype=ctx.compute_dtype), None
-        kept = _total(counts) if counts else None
+        ctx.save_for_backward(dx, *(g for g, p in zip(gradients, parameters, strict=True) if p is not None))
         if kept is not None:
             ctx.mark_non_differentiable(kept)
-        return _total(values), kept
+        return value, kept
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Any, ...]:
@@ -178,7 +209,7 @@ class _MetaLoss(torch.autograd.Function):
             # One launch for all of them, where there are launches.
             scaled = iter(torch._foreach_mul([g for g in found if g is not None], cotangent))
             found = [None if g is None else next(scaled) for g in found]
-        return _as_dtypes(found, ctx.inputs)
+        return as_dtypes(found, ctx.inputs)
 
 
 class _Predict(torch.autograd.Function):
@@ -212,7 +243,7 @@ class _Predict(torch.autograd.Function):
                 features.append(dx)
                 _add(outer, gradients)
         gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
-        return _as_dtypes(gradients, (query_x, *parameters))
+        return as_dtypes(gradients, (query_x, *parameters))
 
 
 class _PredictSteps(torch.autograd.Function):
@@ -272,7 +303,7 @@ class _PredictSteps(torch.autograd.Function):
                 batched.trajectory(ctx.plan, parameters, ctx.support.tasks(tasks), visit)
             features += own
         gradients = [_whole(features, query_x, needed[0]), *_zeros_for_none(outer, parameters, needed[1:])]
-        return _as_dtypes(gradients, (query_x, *parameters))
+        return as_dtypes(gradients, (query_x, *parameters))
 
 
 class _Distances(torch.autograd.Function):
@@ -298,7 +329,7 @@ class _Distances(torch.autograd.Function):
             for i in _chunks(tasks):
                 shares = cotangent[tasks.slices[i]].to(compute_dtype(cotangent.dtype))
                 _add(outer, batched.displacements(tasks.adapted(i), shares, needed))
-        return _as_dtypes(_zeros_for_none(outer, parameters, needed), parameters)
+        return as_dtypes(_zeros_for_none(outer, parameters, needed), parameters)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -415,7 +446,8 @@ def _whole(chunks: Sequence[Tensor | None], x: Tensor, needed: bool) -> Tensor |
     return _joined(found) if found else torch.zeros_like(x) if needed else None
 
 
-def _as_dtypes(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:
+def as_dtypes(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:
+    """Each gradient in the dtype of what it is of."""
     return [
         None if g is None or t is None else g if g.dtype == t.dtype else g.to(t.dtype)
         for g, t in zip(gradients, inputs, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import AdaptedTasks, predict
+from .autograd import AdaptedTasks, as_dtypes, meta_step, predict
 from .batch import (
     Query,
     Sizes,
@@ -18,9 +18,10 @@ from .batch import (
     check_query_features,
     check_support,
     check_task_weight,
+    compute_dtype,
 )
-from .engines import FlatParameters
-from .parts import Part, fused_loss, in_steps, mean_of_left, task_losses
+from .engines import FlatParameters, Gradients
+from .parts import Part, fused_loss, in_steps, mean_of_left, share_of_tasks, task_losses
 from .planner import make_plan
 from .plans import Plan
 from .problem import Problem
@@ -112,6 +113,20 @@ class Call:
         skips = self.problem.nonfinite == "skip" and reduction != "none"
         losses = task_losses(parts, self.parameters, tasks, self.like, skips=skips)
         return reduced(self.problem, losses, batch.task_weight, reduction, self.like.dtype)
+
+    def gradients(self, batch: Batch, reduction: str) -> tuple[Tensor, Gradients] | None:
+        """The loss, and the gradients of the parameters that ask for one, as listed, without autograd.
+
+        None where one meta-step does not give them, and autograd has to put them together.
+        """
+        tasks, inner = batch.support.x.shape[0], self.problem.inner
+        if not tasks or batch.counts is not None or self.problem.nonfinite == "skip" or inner.learn_lr is not None:
+            return None
+        needed = (False, *(p is not None and p.requires_grad for p in self.flat))
+        plan = self.plan(batch.support, batch.queries, compiled=self.compiled)
+        share = share_of_tasks(batch.task_weight, tasks, reduction, compute_dtype(self.like.dtype))
+        found = meta_step(plan, batch.support, batch.query, share, self.flat, needed, compiled=self.compiled)
+        return found.value.to(self.like.dtype), as_dtypes(found.gradients, self.flat)
 
     def predict(self, given: Given) -> Tensor:
         """Outputs [T, Q, out] of the adapted networks."""

@@ -131,6 +131,8 @@ class FOMAML(nn.Module):
         self.problem = Problem(network, inner, inner_loss, outer_rule, outer, multi_step, nonfinite)
         self.backend, self.precision, self.compiled = backend, precision, compile
         self._blocks, self._read = blocks, _children(model)
+        # Of the parameters in the model, as engines list them.
+        self._names = [names.get(part) for names in part_names(model, blocks) for part in PARTS]
         self.step_weights = step_weights
         self.skipped: Tensor | None = None
         if learn_lr is not None:
@@ -226,6 +228,49 @@ class FOMAML(nn.Module):
             return loss
         return self._loss(given, reduction)
 
+    def grad_and_value(
+        self,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor | None = None,
+        query_y: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        **others: Any,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradients of all parameters, and the loss, as of `torch.func.grad_and_value`.
+
+        What `loss.backward()` would find, without autograd's way there and back, which takes small networks as long as
+        the step itself. Arguments as of a call, but that a `reduction` to "none" has no gradient.
+
+        Returns:
+            By the names of the state dict, the gradient of each parameter that asks for one; and a scalar.
+        """
+        if torch.compiler.is_compiling():
+            from .outside import OUTSIDE
+
+            found: tuple[dict[str, Tensor], Tensor] = OUTSIDE["objects"](
+                self.grad_and_value, support_x, support_y, query_x, query_y, reduction=reduction, **others
+            )
+            return found
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}; gradients are of a scalar, so it takes mean or sum")
+        given = Given(support_x, support_y, query_x, query_y, **others)
+        if self.backend != "reference":
+            call = self._call()
+            with torch.no_grad():
+                outcome = call.gradients(call.check(given), reduction)
+            if outcome is not None:
+                self.skipped = None
+                loss, gradients = outcome
+                return {n: g for n, g in zip(self._names, gradients, strict=True) if n and g is not None}, loss
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            loss = self._loss(given, reduction)
+            named = [(name.removeprefix("model."), p) for name, p in self.named_parameters() if p.requires_grad]
+            wanted = [p for _, p in named]
+            of_wanted = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
+        return {name: g for (name, _), g in zip(named, of_wanted, strict=True)}, loss.detach()
+
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
     ) -> Tensor:
@@ -260,7 +305,7 @@ class FOMAML(nn.Module):
             return ReferenceAdapted(self.model, self.problem, self._reference_weights(support))
         snapshot = tuple(None if p is None else p.detach().clone() for p in call.flat)
         tasks = AdaptedTasks(plan, support.clone(), snapshot, keep=True)
-        return AdaptedMLP(self.model, self._names(), tasks, self._parameters_flat)
+        return AdaptedMLP(self.model, self._names, tasks, self._parameters_flat)
 
     def losses(
         self,
@@ -442,11 +487,6 @@ class FOMAML(nn.Module):
         """The parameters and learned rates, as engines list them."""
         flat = [p for block in self._blocks for p in block.listed()]
         return flat if self.problem.inner.learn_lr is None else [*flat, *self.inner_lr.listed()]
-
-    def _names(self) -> list[str | None]:
-        """The parameters' names in the model, as engines list them."""
-        layers = part_names(self.model, self._blocks)
-        return [names.get(part) for names in layers for part in PARTS]
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:

@@ -18,6 +18,6 @@ OUTSIDE: dict[str, Callable[..., Any]] = {
     for name, reason in {
         "reference": "the tasks of backend 'reference', one at a time by autograd,",
         "callable": "an outer_loss that is a callable, with step_weights or counts of samples or steps,",
-        "objects": "adapt(), what it returns, and losses()",
+        "objects": "adapt(), what it returns, losses() and grad_and_value()",
     }.items()
 }

@@ -56,9 +56,7 @@ def fused_loss(
     dtype = compute_dtype(parts[0].support.x.dtype)
     weight = None if task_weight is None else task_weight.to(dtype)
     # Where tasks may be skipped, what the mean is over is known when all are through.
-    whole: float | Tensor = 1.0
-    if reduction == "mean" and not skips:
-        whole = float(max(tasks, 1)) if weight is None else weight.sum()
+    whole = 1.0 if skips else _whole(weight, tasks, reduction)
     total, kept = [], []
     for part in parts:
         query, share = part.query, part.factor / whole
@@ -80,6 +78,20 @@ def fused_loss(
     counted = torch.stack(kept).sum() if kept else value.new_zeros(())
     skipped = (tasks if weight is None else weight.sum()) - counted
     return (mean_of_left(value, counted) if reduction == "mean" else value).to(like), skipped.detach()
+
+
+def share_of_tasks(task_weight: Tensor | None, tasks: int, reduction: str, dtype: torch.dtype) -> float | Tensor:
+    """What each task's loss counts in the sum or mean, where none is skipped: a number, or [T]."""
+    weight = None if task_weight is None else task_weight.to(dtype)
+    share = 1.0 / _whole(weight, tasks, reduction)
+    return share if weight is None else share * weight
+
+
+def _whole(weight: Tensor | None, tasks: int, reduction: str) -> float | Tensor:
+    """What a sum over tasks is divided by."""
+    if reduction == "sum":
+        return 1.0
+    return float(max(tasks, 1)) if weight is None else weight.sum()
 
 
 def mean_of_left(total: Tensor, weight: Tensor) -> Tensor:

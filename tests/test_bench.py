@@ -14,7 +14,7 @@ from torch import nn
 from bench import contenders, jax_peer
 from bench.contenders import ENTRANTS, Peer, Race, in_process
 from bench.jax_peer import JaxProcess
-from bench.peers import Step, disagreement, oracle, ours, vmap_grad
+from bench.peers import Step, disagreement, oracle, ours, ours_as_function, vmap_grad
 from bench.report import render, summarize
 from bench.workloads import TIMED, WORKLOADS, Workload
 
@@ -64,7 +64,8 @@ def test_every_peer_takes_our_step(peer: str, workload: Workload) -> None:
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=str)
 def test_we_take_the_oracles_step(workload: Workload) -> None:
     race = race_on(workload)
-    assert disagreement(ours(race.workload, race.model, race.batch)(), race.expected) < 1e-5
+    for adapter in (ours, ours_as_function):
+        assert disagreement(adapter(race.workload, race.model, race.batch)(), race.expected) < 1e-5
 
 
 def counted(adapter: Callable[..., Step], calls: list[str], name: str, spoils: Callable[[Any], Any]) -> Peer:
@@ -179,6 +180,7 @@ def test_the_report_shows_medians_and_ratios() -> None:
     environment: dict[str, Any] = {"device": "a CPU", "threads": 2, "torch": "2", "python": "3", "fomaml_fused": "0"}
     times = {
         "ours, compiled": [0.01],
+        "ours, grad_and_value": [0.005],
         "eager loop": [0.3],
         "vmap(grad)": [0.2, 0.1, 0.4],
         "compile": [0.08, 0.09, 0.07],
@@ -207,8 +209,8 @@ def test_the_report_shows_medians_and_ratios() -> None:
         ]
     }
     text = render(json.loads(json.dumps(summarize(run))))
-    assert "| wide | 20 | 10 | 300 | 200 | 80 | 500 | 4.0 | 8.0 | 10.0 |" in text
-    assert "| narrow | 100 | 10 | 300 | 200 | 80 | – | 0.8 | 8.0 | 2.0 |" in text
+    assert "| wide | 20 | 10 | 5 | 300 | 200 | 80 | 500 | 4.0 | 8.0 | 16.0 | 10.0 |" in text
+    assert "| narrow | 100 | 10 | 5 | 300 | 200 | 80 | – | 0.8 | 8.0 | 16.0 | 2.0 |" in text
     assert "Versions: TorchOpt 0.7.3." in text
     assert "TorchOpt on narrow, not timed: DisagreementError: it differs." in text
     assert "higher: not here." in text

@@ -322,10 +322,14 @@ def test_objects_are_made_outside_of_graphs() -> None:
 
     def outputs() -> Tensor:
         adapted = meta.adapt(batch["support_x"], batch["support_y"], support_weight=batch["support_weight"])
-        return adapted(batch["query_x"]) + meta.losses(batch["support_x"], batch["support_y"]).support[:, :1, None]
+        _, loss = meta.grad_and_value(**batch)
+        return (
+            loss * adapted(batch["query_x"]) + meta.losses(batch["support_x"], batch["support_y"]).support[:, :1, None]
+        )
 
     with pytest.raises(
-        torch._dynamo.exc.Unsupported, match=r"adapt\(\), what it returns, and losses\(\) run outside of graphs"
+        torch._dynamo.exc.Unsupported,
+        match=r"adapt\(\), what it returns, losses\(\) and grad_and_value\(\) run outside",
     ):
         compiled(outputs)()
     assert torch.equal(torch.compile(outputs, backend="eager")(), outputs())

@@ -75,7 +75,7 @@ def step(
     features = torch.empty(query.x.shape, dtype=torch.float32) if needed[0] else None
     gradients: Gradients = [None] * len(parameters)
     for i in prepared.wanted:
-        gradients[i] = torch.empty(parameters[i].shape, dtype=torch.float32)  # type: ignore[union-attr]
+        gradients[i] = torch.empty_like(parameters[i], memory_format=torch.contiguous_format)  # type: ignore[arg-type]
     scratch = torch.empty(prepared.scratch, dtype=torch.uint8)
 
     tensors = (*dense, *prepared.of_layers(gradients), value, features)
