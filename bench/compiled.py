@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -184,7 +184,10 @@ def _of_cubin(cubin: bytes) -> Row:
         # Not Triton's own disassembly, which ends at the first address of five digits.
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    operations = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text))
+    # Its address, its name, and where it branches to.
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:[^;]*?\b0x([0-9a-f]+))?", text)
+    code = [(int(at, 16), name, int(to, 16) if to and name.startswith("BRA") else None) for at, name, to in code]
+    operations = Counter(name for _, name, _ in code)
     # Local memory holds nothing but what has no register.
     local = [(op, n) for op, n in operations.items() if re.match(r"(STL|LDL)\b", op)]
     return {
@@ -192,18 +195,40 @@ def _of_cubin(cubin: bytes) -> Row:
         "spilled": sum(n * (4 if ".128" in op else 2 if ".64" in op else 1) for op, n in local),
         **_matrix({op: n for op, n in operations.items() if re.match(r"\w*MMA\b", op)}),
         "instructions": operations.total() - operations["NOP"],  # which pad the end
+        "loop": longest_loop([at for at, _, _ in code], [(at, to) for at, _, to in code if to is not None]),
     }
 
 
 def _of_amdgcn(text: str) -> Row:
-    operations = Counter(re.findall(r"^\t((?:v|s|ds|global|buffer|scratch|flat)_\w+)", text, re.MULTILINE))
+    code = re.findall(
+        r"^(?:(\.LBB\w+):|\t((?:v|s|ds|global|buffer|scratch|flat)_\w+)(?:\s+(\.LBB\w+))?)", text, re.MULTILINE
+    )
+    labels = {label: at for at, (label, _, _) in enumerate(code)}
+    branches = [(at, labels[to]) for at, (_, _, to) in enumerate(code) if to]
+    operations = Counter(name for _, name, _ in code if name)
     usage = dict(re.findall(r"^\s*\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text, re.MULTILINE))
     return {
         "registers": int(usage["vgpr_count"]),
         "spilled": int(usage["vgpr_spill_count"]),
         **_matrix({op: n for op, n in operations.items() if op.startswith("v_mfma_")}),
         "instructions": operations.total(),
+        "loop": longest_loop([at for at, (_, name, _) in enumerate(code) if name], branches),
     }
+
+
+def longest_loop(instructions: Sequence[int], branches: Iterable[tuple[int, int]]) -> int:
+    """Instructions of the longest loop that has no other one in it; 0 where there is none.
+
+    Args:
+        instructions: where each is.  branches: from where, and to where.
+    """
+    loops = [(to, at) for at, to in branches if to < at]
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+    ]
+    return max((sum(start <= at <= end for at in instructions) for start, end in innermost), default=0)
 
 
 def _matrix(operations: dict[str, int]) -> Row:
@@ -236,14 +261,25 @@ def violations(rows: list[Row], stored: list[Row]) -> list[str]:
 
 def render(rows: list[Row]) -> str:
     """The table of rows as plain text."""
-    columns = ("case", "target", "warps", "registers", "spilled", "shared", "matrix", "matrix_kind", "instructions")
+    columns = (
+        "case",
+        "target",
+        "warps",
+        "registers",
+        "spilled",
+        "shared",
+        "matrix",
+        "matrix_kind",
+        "instructions",
+        "loop",
+    )
     lines = table([columns, *([str(row.get(column, "")) for column in columns] for row in rows if "error" not in row)])
     return "\n".join([*lines, *(f"{row['case']}  {row['target']}  {row['error']}" for row in rows if "error" in row)])
 
 
 def markdown(rows: list[Row], case: str) -> str:
     """The rows of a case as a Markdown table."""
-    columns = ("target", "registers", "spilled", "shared", "matrix", "instructions")
+    columns = ("target", "registers", "spilled", "shared", "matrix", "instructions", "loop")
     lines = [f"| precision | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
         name, _, precision = row["case"].rpartition(" ")

@@ -17,15 +17,13 @@ pytest.importorskip("triton")
 import triton
 
 from bench.compile_only import DEVICES
-from bench.compiled import Row, violations
+from bench.compiled import Row, longest_loop, violations
 
 ROOT = Path(__file__).parent.parent
 STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "compiled.json").read_text())
 FAST = r"^(sine meta_kernel tf32(x3)? sm_[89]0|omniglot \w+ tf32 sm_90|policy \w+ (inner )?own tf32 sm_90)$"
 # Each spills a few words; mend a row and it must leave this list.
 KNOWN = {
-    "sine adapt_kernel tf32x3 on sm_90",
-    "sine meta_kernel tf32x3 on sm_100",
     "wide meta_kernel bf16 on sm_100",
     "omniglot query_kernel tf32x3 on sm_80",
     "omniglot query_kernel backward tf32x3 on sm_80",
@@ -97,6 +95,13 @@ def test_each_violation_is_found(changed: dict[str, Any], complaint: str) -> Non
     (found,) = violations([row(**changed)], [row()])
     assert found.startswith("sine meta_kernel tf32 on sm_90 ")
     assert complaint in found
+
+
+def test_the_longest_loop_has_no_other_one_in_it() -> None:
+    instructions = range(0, 100, 10)
+    assert longest_loop(instructions, [(30, 10), (60, 50), (70, 0), (80, 90)]) == 3
+    assert longest_loop(instructions, [(30, 10), (20, 10)]) == 2
+    assert longest_loop(instructions, [(20, 50)]) == 0
 
 
 def test_a_kernel_without_matrix_instructions_loses_none() -> None:
