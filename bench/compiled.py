@@ -201,7 +201,7 @@ def _of_cubin(cubin: bytes) -> Row:
 
 def _of_amdgcn(text: str) -> Row:
     code = re.findall(
-        r"^(?:(\.LBB\w+):|\t((?:v|s|ds|global|buffer|scratch|flat)_\w+)(?:\s+(\.LBB\w+))?)", text, re.MULTILINE
+        r"^(?:(\.LBB\w+):|\t((?:v|s|ds|global|buffer|scratch|flat)_\w+)(?: +(\.LBB\w+))?)", text, re.MULTILINE
     )
     labels = {label: at for at, (label, _, _) in enumerate(code)}
     branches = [(at, labels[to]) for at, (_, _, to) in enumerate(code) if to]
@@ -222,11 +222,14 @@ def longest_loop(instructions: Sequence[int], branches: Iterable[tuple[int, int]
     Args:
         instructions: where each is.  branches: from where, and to where.
     """
-    loops = [(to, at) for at, to in branches if to < at]
+    ends: dict[int, int] = {}  # of each loop, by where it starts
+    for at, to in branches:
+        if to < at:
+            ends[to] = max(at, ends.get(to, at))
     innermost = [
         (start, end)
-        for start, end in loops
-        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+        for start, end in ends.items()
+        if not any(start < other and other_end <= end for other, other_end in ends.items())
     ]
     return max((sum(start <= at <= end for at in instructions) for start, end in innermost), default=0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,10 @@ def medians(summary: dict[str, Any], workload: str) -> dict[str, float]:
     return {name: times["median"] for name, times in summary["seconds"][workload].items()}
 
 
-def ratios(found: dict[str, float]) -> list[str]:
-    """How many times each of ours the best peer took, and vmap took the first of them."""
+def ratios(found: dict[str, float], mine: Sequence[str] = OURS) -> list[str]:
+    """How many times each of `mine` the best peer took, and vmap took ours."""
     best = min((seconds for name, seconds in found.items() if name not in OURS), default=None)
-    return [*(ratio(best, found.get(name)) for name in OURS), ratio(found.get("vmap(grad)"), found.get(OURS[0]))]
+    return [*(ratio(best, found.get(name)) for name in mine), ratio(found.get("vmap(grad)"), found.get(OURS[0]))]
 
 
 def absences(summary: dict[str, Any]) -> list[str]:
@@ -109,13 +109,14 @@ def render(summary: dict[str, Any]) -> str:
     ]
     if summary["seconds"]:
         columns = contenders(summary)
-        compared = [*(f"best peer / {name.removeprefix('ours, ')}" for name in OURS), "vmap / ours"]
+        mine = [name for name in columns if name in OURS]
+        compared = [*(f"best peer / {name.removeprefix('ours, ')}" for name in mine), "vmap / ours"]
         lines.append(f"| workload | {' | '.join([*columns, *compared])} |")
         lines.append("|---" * (1 + len(columns) + len(compared)) + "|")
         for workload in summary["seconds"]:
             found = medians(summary, workload)
             cells = [f"{1e3 * found[name]:.3g}" if name in found else "–" for name in columns]
-            lines.append(f"| {workload} | {' | '.join([*cells, *ratios(found)])} |")
+            lines.append(f"| {workload} | {' | '.join([*cells, *ratios(found, mine)])} |")
     if summary.get("versions"):
         lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}."]
     for line in absences(summary):

@@ -23,8 +23,8 @@ from .peers import disagreement, oracle, ours, ours_as_function
 from .workloads import TIMED, WORKLOADS
 
 SECONDS = 30.0  # for the rounds of a workload
-# Others of ours than the module, eager: with `compile=True`, and without autograd as well.
-OURS = {"ours, compiled": ours, "ours, grad_and_value": ours_as_function}
+# Of ours, beside the module as it comes: with `compile=True`, and without autograd as well.
+VARIANTS = {"ours, compiled": ours, "ours, grad_and_value": ours_as_function}
 
 
 @pytest.mark.parametrize("name", TIMED)
@@ -46,7 +46,7 @@ def test_meta_step(name: str, benchmark: Any) -> None:
         for peer, entrant in ENTRANTS.items():
             race.enter(peer, entrant)
         # Behind the peers, one of which forgets what was compiled before it.
-        for other, adapter in OURS.items():
+        for other, adapter in VARIANTS.items():
             race.enter(other, in_process(partial(adapter, compile=True)))
         own = InProcess(step)
         took = own.timed(WARM_UP)
@@ -66,7 +66,7 @@ def test_meta_step(name: str, benchmark: Any) -> None:
             **environment(),
         )
         benchmark.pedantic(step, setup=run_others, rounds=rounds)
-        assert not {*OURS} & {*race.failed}, race.failed
+        assert not {*VARIANTS} & {*race.failed}, race.failed
 
 
 def environment() -> dict[str, str | int]:

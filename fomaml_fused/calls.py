@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -114,19 +115,26 @@ class Call:
         losses = task_losses(parts, self.parameters, tasks, self.like, skips=skips)
         return reduced(self.problem, losses, batch.task_weight, reduction, self.like.dtype)
 
-    def gradients(self, batch: Batch, reduction: str) -> tuple[Tensor, Gradients] | None:
-        """The loss, and the gradients of the parameters that ask for one, as listed, without autograd.
+    def needs_autograd(self, given: Given) -> bool:
+        """Whether it takes autograd to put the gradients together; else one meta-step has them with the loss."""
+        parameters = [id(p) for p in self.flat if p is not None]
+        return (
+            self.backend == "reference"
+            or self.problem.nonfinite == "skip"
+            or self.problem.inner.learn_lr is not None
+            or any(counts is not None for counts in given[-3:])
+            or len({*parameters}) < len(parameters)  # layers share some
+        )
 
-        None where one meta-step does not give them, and autograd has to put them together.
-        """
-        tasks, inner = batch.support.x.shape[0], self.problem.inner
-        if not tasks or batch.counts is not None or self.problem.nonfinite == "skip" or inner.learn_lr is not None:
-            return None
+    def gradients(self, batch: Batch, reduction: str) -> tuple[Tensor, Gradients]:
+        """The loss, and as listed the gradients of the parameters that ask for one; not where autograd is needed."""
+        tasks = batch.support.x.shape[0]
         needed = (False, *(p is not None and p.requires_grad for p in self.flat))
         plan = self.plan(batch.support, batch.queries, compiled=self.compiled)
         share = share_of_tasks(batch.task_weight, tasks, reduction, compute_dtype(self.like.dtype))
         found = meta_step(plan, batch.support, batch.query, share, self.flat, needed, compiled=self.compiled)
-        return found.value.to(self.like.dtype), as_dtypes(found.gradients, self.flat)
+        value = found.value if tasks or reduction == "sum" else found.value + math.nan  # as in `fused_loss`
+        return value.to(self.like.dtype), as_dtypes(found.gradients, self.flat)
 
     def predict(self, given: Given) -> Tensor:
         """Outputs [T, Q, out] of the adapted networks."""

@@ -204,18 +204,8 @@ class FOMAML(nn.Module):
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; it takes one of {', '.join(REDUCTIONS)}")
-        given = Given(
-            support_x,
-            support_y,
-            query_x,
-            query_y,
-            support_weight,
-            query_weight,
-            task_weight,
-            support_counts,
-            query_counts,
-            step_counts,
-        )
+        tensors = support_x, support_y, query_x, query_y, support_weight, query_weight, task_weight
+        given = Given(*tensors, support_counts, query_counts, step_counts)
         if torch.compiler.is_compiling():
             from . import graph  # which imports torch's compiler
 
@@ -235,41 +225,35 @@ class FOMAML(nn.Module):
         query_x: Tensor | None = None,
         query_y: Tensor | None = None,
         *,
+        support_weight: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        task_weight: Tensor | None = None,
+        support_counts: Counts | None = None,
+        query_counts: Counts | None = None,
+        step_counts: Counts | None = None,
         reduction: str = "mean",
-        **others: Any,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradients of all parameters, and the loss, as of `torch.func.grad_and_value`.
+        """The gradients of the parameters, and the loss, as of `torch.func.grad_and_value`.
 
-        What `loss.backward()` would find, without autograd's way there and back, which takes small networks as long as
-        the step itself. Arguments as of a call, but that a `reduction` to "none" has no gradient.
+        What `loss.backward()` would find, without autograd's way there and back, which is a third of a step of the
+        smallest networks. Autograd still puts together what counts, `nonfinite="skip"`, learned rates and
+        `backend="reference"` need it for.
+
+        Arguments as of a call; a reduction to "none" has no gradient.
 
         Returns:
             By the names of the state dict, the gradient of each parameter that asks for one; and a scalar.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {reduction!r}; gradients are of a scalar, so it takes mean or sum")
+        tensors = support_x, support_y, query_x, query_y, support_weight, query_weight, task_weight
+        given = Given(*tensors, support_counts, query_counts, step_counts)
         if torch.compiler.is_compiling():
             from .outside import OUTSIDE
 
-            found: tuple[dict[str, Tensor], Tensor] = OUTSIDE["objects"](
-                self.grad_and_value, support_x, support_y, query_x, query_y, reduction=reduction, **others
-            )
+            found: tuple[dict[str, Tensor], Tensor] = OUTSIDE["objects"](self._grad_and_value, given, reduction)
             return found
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}; gradients are of a scalar, so it takes mean or sum")
-        given = Given(support_x, support_y, query_x, query_y, **others)
-        if self.backend != "reference":
-            call = self._call()
-            with torch.no_grad():
-                outcome = call.gradients(call.check(given), reduction)
-            if outcome is not None:
-                self.skipped = None
-                loss, gradients = outcome
-                return {n: g for n, g in zip(self._names, gradients, strict=True) if n and g is not None}, loss
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            loss = self._loss(given, reduction)
-            named = [(name.removeprefix("model."), p) for name, p in self.named_parameters() if p.requires_grad]
-            wanted = [p for _, p in named]
-            of_wanted = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True) if wanted else ()
-        return {name: g for (name, _), g in zip(named, of_wanted, strict=True)}, loss.detach()
+        return self._grad_and_value(given, reduction)
 
     def predict(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, *, support_weight: Tensor | None = None
@@ -418,6 +402,24 @@ class FOMAML(nn.Module):
             return self._reference_loss(batch, reduction)
         loss, skipped["skipped"] = call.loss(batch, reduction)
         return loss
+
+    def _grad_and_value(self, given: Given, reduction: str) -> tuple[dict[str, Tensor], Tensor]:
+        # What is returned is for a training loop, which an optimizer changes in place.
+        with torch.inference_mode(mode=False):
+            call = self._call()
+            if call.needs_autograd(given):
+                return self._by_autograd(given, reduction)
+            with torch.no_grad():
+                loss, gradients = call.gradients(call.check(given), reduction)
+        self.__dict__["skipped"] = None  # as in `_loss`
+        return {name: g for name, g in zip(self._names, gradients, strict=True) if name and g is not None}, loss
+
+    def _by_autograd(self, given: Given, reduction: str) -> tuple[dict[str, Tensor], Tensor]:
+        named = {name.removeprefix("model."): p for name, p in self.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            loss = self._loss(given, reduction)
+            found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True) if named else ()
+        return dict(zip(named, found, strict=True)), loss.detach()
 
     def _reference_loss(self, batch: Batch, reduction: str) -> Tensor:
         support, query, task_weight, counts = batch

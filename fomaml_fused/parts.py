@@ -56,10 +56,10 @@ def fused_loss(
     dtype = compute_dtype(parts[0].support.x.dtype)
     weight = None if task_weight is None else task_weight.to(dtype)
     # Where tasks may be skipped, what the mean is over is known when all are through.
-    whole = 1.0 if skips else _whole(weight, tasks, reduction)
+    divisor = 1.0 if skips else _divisor(weight, tasks, reduction)
     total, kept = [], []
     for part in parts:
-        query, share = part.query, part.factor / whole
+        query, share = part.query, part.factor / divisor
         if query is not None and query.owner is not None:
             query, share = counted_by_task(query, weight, share)
         elif weight is not None:
@@ -83,11 +83,11 @@ def fused_loss(
 def share_of_tasks(task_weight: Tensor | None, tasks: int, reduction: str, dtype: torch.dtype) -> float | Tensor:
     """What each task's loss counts in the sum or mean, where none is skipped: a number, or [T]."""
     weight = None if task_weight is None else task_weight.to(dtype)
-    share = 1.0 / _whole(weight, tasks, reduction)
+    share = 1.0 / _divisor(weight, tasks, reduction)
     return share if weight is None else share * weight
 
 
-def _whole(weight: Tensor | None, tasks: int, reduction: str) -> float | Tensor:
+def _divisor(weight: Tensor | None, tasks: int, reduction: str) -> float | Tensor:
     """What a sum over tasks is divided by."""
     if reduction == "sum":
         return 1.0
