@@ -35,7 +35,7 @@ def expected_classes(b_class, OUT: tl.constexpr, C: tl.constexpr, LOSS: tl.const
 def sample_losses(b_z, b_y, share, OUT: tl.constexpr, LOSS: tl.constexpr):
     """The loss of each sample, [1, B], and `share` times its gradient with respect to the outputs, [C, B].
 
-    In padding the gradient is 0, where `share` is finite.  b_z: outputs [C, B].  b_y: targets [C, B]; for cross-entropy,
+    In padding the gradient is 0 where `share` is finite.  b_z: outputs [C, B].  b_y: targets [C, B]; for cross-entropy,
     what `expected_classes` gives.
     """
     m = tl.arange(0, b_z.shape[0])[:, None] < OUT

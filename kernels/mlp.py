@@ -30,8 +30,8 @@ def backward(
 ):
     """Step against the gradients of the layers in MOVING, from that of the outputs, b_d [OUT, B].
 
-    sums: what the steps are added to.  p_rates: the rate of each layer; None where gradients are added as they are.
-    Returns the gradient of the network's input [IN, B], where FEATURES asks for it, and the sums.
+    sums: what the steps are added to.  p_rates: the rate of each layer; None for -1, which adds the gradients as they
+    are. Returns the gradient of the network's input [IN, B], where FEATURES asks for it, and the sums.
     """
     sums_w = ()
     sums_b = ()
@@ -44,12 +44,14 @@ def backward(
             if i > lowest(MOVING, FEATURES) or FEATURES:
                 b_d = _linear_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
             if MOVING[i]:
-                factor = 1.0
+                # Less minus one times a gradient, not plus it: of a plain sum, carried through a loop and used twice
+                # behind it, Triton 3.7 means to make something better, and fails.
+                rate = -1.0
                 if p_rates is not None:
-                    factor = -tl.load(p_rates + i)
-                b_w = _step(b_w, b_g, inputs[i], factor, width(SPEC, i), width(SPEC, i + 1), SPEC)
+                    rate = tl.load(p_rates + i)
+                b_w = _step(b_w, b_g, inputs[i], rate, width(SPEC, i), width(SPEC, i + 1), SPEC)
                 if SPEC.biases[i]:
-                    b_b += factor * tl.sum(b_g, 1)
+                    b_b -= rate * tl.sum(b_g, 1)
         sums_w = (b_w,) + sums_w
         sums_b = (b_b,) + sums_b
     return b_d, (sums_w, sums_b)
@@ -97,13 +99,13 @@ def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.con
 
 
 @triton.jit
-def _step(b_w, b_d, b_h, factor, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
-    """b_w + factor * D @ H.T, in the shape of the weight's tile."""
+def _step(b_w, b_d, b_h, rate, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constexpr):
+    """b_w - rate * D @ H.T, in the shape of the weight's tile."""
     if IN == 1 or OUT == 1:
-        b_w += factor * tl.sum(b_d * b_h, 1)
+        b_w -= rate * tl.sum(b_d * b_h, 1)
     else:
         # The input is scaled, not the gradient, which 16 bits may hardly hold as it is.
-        b_w = _sum_product(b_d, b_h * factor, b_w, SPEC)
+        b_w = _sum_product(b_d, b_h * -rate, b_w, SPEC)
     return b_w
 
 
