@@ -34,7 +34,7 @@ docs: .venv/docs ## render docs/ and the reference from docstrings to build/docs
 
 peers: .venv/peers ## install the libraries that `make bench` compares with: learn2learn, higher, TorchOpt, JAX
 
-bench: .venv/dev ## time the workloads against those peers that are installed, about ten minutes; table, and a plot in build/bench
+bench: .venv/dev ## time the workloads against those peers that are installed, about ten minutes, with all of them twenty; table, and a plot in build/bench
 	$(BIN)/python -m pytest bench -p no:xdist -W default --benchmark-json=bench/results/latest.json; passed=$$?; \
 		$(BIN)/python -m bench.report bench/results/latest.json --figures build/bench && exit $$passed
 
