@@ -44,8 +44,8 @@ def backward(
             if i > lowest(MOVING, FEATURES) or FEATURES:
                 b_d = _linear_backward(b_g, weights[i], width(SPEC, i), width(SPEC, i + 1), SPEC)
             if MOVING[i]:
-                # Less minus one times a gradient, not plus it: of a plain sum, carried through a loop and used twice
-                # behind it, Triton 3.7 means to make something better, and fails.
+                # Minus one times a gradient is subtracted, rather than a gradient added: plain sums that a loop carries
+                # Triton 3.7 optimizes, and its compiler fails on those that are used twice behind the loop.
                 rate = -1.0
                 if p_rates is not None:
                     rate = tl.load(p_rates + i)
