@@ -34,6 +34,9 @@ Row = dict[str, Any]
 
 MOST_INSTRUCTIONS = 1.10  # times those of the stored table
 
+# What is measured of a kernel, in the order of the tables.
+FIGURES = ("registers", "spilled", "shared", "matrix", "matrix_kind", "instructions", "loop")
+
 # Operands of products by backend; the first is full precision: what matrix units make of float32 where they take it.
 PRECISIONS = {"cuda": ("tf32x3", "tf32", "bf16", "fp16"), "hip": ("ieee", "bf16", "fp16")}
 
@@ -264,25 +267,14 @@ def violations(rows: list[Row], stored: list[Row]) -> list[str]:
 
 def render(rows: list[Row]) -> str:
     """The table of rows as plain text."""
-    columns = (
-        "case",
-        "target",
-        "warps",
-        "registers",
-        "spilled",
-        "shared",
-        "matrix",
-        "matrix_kind",
-        "instructions",
-        "loop",
-    )
+    columns = ("case", "target", "warps", *FIGURES)
     lines = table([columns, *([str(row.get(column, "")) for column in columns] for row in rows if "error" not in row)])
     return "\n".join([*lines, *(f"{row['case']}  {row['target']}  {row['error']}" for row in rows if "error" in row)])
 
 
 def markdown(rows: list[Row], case: str) -> str:
     """The rows of a case as a Markdown table."""
-    columns = ("target", "registers", "spilled", "shared", "matrix", "instructions", "loop")
+    columns = ("target", *(figure for figure in FIGURES if figure != "matrix_kind"))
     lines = [f"| precision | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
         name, _, precision = row["case"].rpartition(" ")

@@ -187,8 +187,7 @@ class _MetaLoss(torch.autograd.Function):
             wanted and need for need in (features_needed, *(p is not None and next(needs) for p in parameters))
         )
         value, dx, gradients, kept = meta_step(plan, support, query, share, parameters, needed, compiled=compiled)
-        if dx is None and needed[0] and query_x is not None:  # of no task
-            dx = torch.zeros_like(query_x)
+        dx = None if query_x is None else _whole([dx], query_x, needed[0])
         ctx.inputs, ctx.compute_dtype = (query_x, *present), compute_dtype(support.x.dtype)
         ctx.native = plan.engine == "native"
         ctx.save_for_backward(dx, *(g for g, p in zip(gradients, parameters, strict=True) if p is not None))

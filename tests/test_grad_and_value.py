@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -63,7 +62,7 @@ def both(
     meta = ff.FOMAML(case.model(dtype), **case.options() | options)
     batch = case.batch(dtype)
     call = {name: v.to(dtype) if isinstance(v, Tensor) else v for name, v in call.items()}
-    with ff.override(**told) if told else nullcontext():
+    with ff.override(**told):
         found = meta.grad_and_value(**batch, **call)
         assert all(p.grad is None for p in meta.parameters())
         loss = meta(**batch, **call)
