@@ -4,7 +4,7 @@ BIN := .venv/bin
 # What the emulator of GPUs is told to be.
 ARCHS ?= 80 90
 
-.PHONY: help demo test test-virtual-gpu test-triton-versions lint docs peers bench bench-scale gpu clean
+.PHONY: help demo test test-all test-virtual-gpu test-triton-versions lint docs peers bench bench-scale gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -12,8 +12,11 @@ help: ## this list
 demo: .venv/demo ## meta-train the sine regression of the MAML paper and show what it learned
 	$(BIN)/fomaml-fused train sine --out runs/sine
 
-test: .venv/dev lint ## lint, types and tests
-	$(BIN)/python -m pytest -n 2
+test: .venv/dev lint ## lint, types, and tests of every engine, kernel and public function; three minutes
+	$(BIN)/python -m pytest -n 2 --dist=worksteal --quick
+
+test-all: .venv/dev lint ## lint, types and all tests; a quarter of an hour
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 test-virtual-gpu: .venv/dev ## kernel tests on an emulator of GPUs: VIRTUAL_GPU=folder of its pytest plugin `virtual_gpu`
 	for arch in $(ARCHS); do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
@@ -26,7 +29,7 @@ test-triton-versions: .venv/dev .venv/triton-3.6.0 .venv/triton-newest ## kernel
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 docs: .venv/docs ## render docs/ and the reference from docstrings to build/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -E -q docs build/docs
@@ -51,7 +54,7 @@ clean: ## remove what the other targets made
 
 .venv/demo .venv/dev .venv/docs: .venv/%: pyproject.toml setup.py constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$*]'
 	touch $@
 
 .venv/peers: .venv/dev bench/peers.txt bench/install_peers.py

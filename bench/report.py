@@ -23,7 +23,11 @@ from .summaries import quartiles, ratio
 
 RESULTS = Path(__file__).parent / "results"
 STORED = RESULTS / "cpu-2-cores.json"
-OURS = ("ours", "ours, compiled", "ours, grad_and_value")  # the module, with compile=True, without autograd as well
+OTHER = RESULTS / "cpu-2-cores-other.json"
+# The module, the module with compile=True, and that without autograd; below, what tables call them.
+OURS = ("ours", "ours, compiled", "ours, grad_and_value")
+KINDS = ("default", "`compile=True`", "`grad_and_value`")
+FEW_SHOT = ("omniglot", "wide", "crowd")
 
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
@@ -80,16 +84,23 @@ def medians(summary: dict[str, Any], workload: str) -> dict[str, float]:
     return {name: times["median"] for name, times in summary["seconds"][workload].items()}
 
 
-def ratios(found: dict[str, float], mine: Sequence[str] = OURS) -> list[str]:
-    """How many times each of `mine` the best peer took, and vmap took ours."""
-    best = min((seconds for name, seconds in found.items() if name not in OURS), default=None)
-    return [*(ratio(best, found.get(name)) for name in mine), ratio(found.get("vmap(grad)"), found.get(OURS[0]))]
+def best_peer(found: dict[str, float]) -> str | None:
+    """The name of the fastest peer; None where no peer was timed."""
+    peers = {name: seconds for name, seconds in found.items() if name not in OURS}
+    return min(peers, key=peers.__getitem__, default=None)
+
+
+def gains(found: dict[str, float]) -> dict[str, str]:
+    """The fastest peer's time over that of each of ours, by its name; a dash where one of them is missing."""
+    peer = best_peer(found)
+    best = None if peer is None else found[peer]
+    return {name: ratio(best, found.get(name)) for name in OURS}
 
 
 def absences(summary: dict[str, Any]) -> list[str]:
     """What is not in the table and why, a sentence for each contender and reason."""
     lines = [
-        f"Ours on {workload}: no time and no ratio, for {why}."
+        f"Ours on {workload}: no time and no gain, because {why}."
         for workload, why in summary.get("incorrect", {}).items()
     ]
     for name, reasons in summary.get("failed", {}).items():
@@ -99,28 +110,72 @@ def absences(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def milliseconds(seconds: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if seconds is None:
+        return "–"
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def render_gain(summary: dict[str, Any]) -> str:
+    """One line: the gain with compile=True over the fastest peer, few-shot workloads apart from the others."""
+    found = {w: medians(summary, w) for w in summary["seconds"]}
+    compiled = {w: float(r) for w, times in found.items() if (r := gains(times)["ours, compiled"]) != "–"}
+
+    def span(workloads: Sequence[str]) -> str:
+        values = sorted(compiled[w] for w in workloads)
+        return f"{values[0]:g} to {values[-1]:g} times"
+
+    few = [w for w in FEW_SHOT if w in compiled]
+    others = [w for w in compiled if w not in FEW_SHOT]
+    return (
+        f"**Gain:** with `compile=True` on {summary['environment']['threads']} CPU cores, a meta-step is {span(few)} "
+        f"as fast as the fastest peer on few-shot MLPs ({', '.join(few)}), and {span(others)} on the rest "
+        f"({', '.join(others)}). No GPU has been measured yet."
+    )
+
+
 def render(summary: dict[str, Any]) -> str:
-    """The Markdown table: medians in milliseconds, and ratios of peers' medians to ours."""
+    """The Markdown table of gains: the fastest peer's median over ours, and the medians behind them."""
     environment = summary["environment"]
     lines = [
-        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; medians in ms, "
-        "interleaved rounds",
+        f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}. Times are medians "
+        "of interleaved rounds, in ms.",
         "",
     ]
     if summary["seconds"]:
-        columns = contenders(summary)
-        mine = [name for name in columns if name in OURS]
-        compared = [*(f"best peer / {name.removeprefix('ours, ')}" for name in mine), "vmap / ours"]
-        lines.append(f"| workload | {' | '.join([*columns, *compared])} |")
-        lines.append("|---" * (1 + len(columns) + len(compared)) + "|")
+        columns = [
+            "workload",
+            *(f"gain, {kind}" for kind in KINDS),
+            *(f"{kind}, ms" for kind in KINDS),
+            "best peer, ms",
+        ]
+        rows = []
         for workload in summary["seconds"]:
             found = medians(summary, workload)
-            cells = [f"{1e3 * found[name]:.3g}" if name in found else "–" for name in columns]
-            lines.append(f"| {workload} | {' | '.join([*cells, *ratios(found, mine)])} |")
-    if summary.get("versions"):
-        lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}."]
+            peer = best_peer(found)
+            best = "–" if peer is None else f"{milliseconds(found[peer])} ({peer})"
+            times = [milliseconds(found.get(name)) for name in OURS]
+            rows.append([workload, *gains(found).values(), *times, best])
+        lines += markdown_table(columns, rows)
     for line in absences(summary):
         lines += ["", line]
+    return "\n".join(lines)
+
+
+def render_peers(summary: dict[str, Any]) -> str:
+    """The Markdown table of every peer's median in milliseconds, versions, and the peak memory."""
+    lines: list[str] = []
+    peers = [name for name in contenders(summary) if name not in OURS]
+    if peers:
+        rows = []
+        for workload in summary["seconds"]:
+            found = medians(summary, workload)
+            rows.append([workload, *(milliseconds(found.get(name)) for name in peers)])
+        lines += markdown_table(["ms", *peers], rows)
+    if summary.get("versions"):
+        lines += ["", f"Versions: {', '.join(f'{name} {version}' for name, version in summary['versions'].items())}."]
     for name, found in summary["memory_bytes"].items():
         lines += [
             "",
@@ -131,10 +186,18 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 # By the name of a place in the pages: where its content is stored, and what shows it.
 PLACES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "gain": (STORED, render_gain),
     "workloads": (STORED, render),
-    "workloads on another processor": (RESULTS / "cpu-2-cores-other.json", render),
+    "peers": (STORED, render_peers),
+    "workloads on another processor": (OTHER, render),
+    "peers on another processor": (OTHER, render_peers),
     "scale": (scale.STORED, scale.render),
     "slopes": (scale.STORED, scale.render_slopes),
     "profile": (profile_steps.STORED, profile_steps.render),
@@ -161,15 +224,15 @@ def written(page: str) -> str:
 
 
 def draw(path: Path, summary: dict[str, Any]) -> None:
-    """The bars of every workload, with the best peer's ratio to ours below its name and the absent below all."""
+    """The bars of every workload, with the gain by default below its name, and who was not timed below all."""
     where, seconds = summary["environment"], summary["seconds"]
-    beneath = {workload: ratios(medians(summary, workload))[0] for workload in seconds}
+    beneath = {workload: gains(medians(summary, workload))[OURS[0]] for workload in seconds}
     draw_bars(
         path,
         seconds,
         contenders(summary),
         OURS,
-        beneath={name: "no ratio" if best == "–" else f"best peer / ours\n{best}" for name, best in beneath.items()},
+        beneath={name: "no gain" if best == "–" else f"gain\n{best}" for name, best in beneath.items()},
         title=f"{where['device']}, {where['threads']} threads, torch {where['torch']}; medians and quartiles",
         notes=absences(summary),
     )
@@ -189,7 +252,7 @@ def main() -> None:
     summary = summarize(json.loads(options.run.read_text()))
     if options.save:
         save_json(options.save, summary)
-    print(render(summary))
+    print(render(summary), render_peers(summary), sep="\n\n")
     if options.figures:
         draw(options.figures / "benchmarks.png", summary)
         if scale.STORED.exists():

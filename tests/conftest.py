@@ -1,6 +1,7 @@
-"""What every test runs under: fresh memory poisoned with NaN, one thread a worker, repeatable random problems."""
+"""Settings of all tests: the `--quick` ones, memory poisoned with NaN, one thread, repeatable random problems."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -8,13 +9,17 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow]
+    "full", derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=5000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
+settings.register_profile("explore", settings.get_profile("full"), derandomize=False, max_examples=5000)
+
+# Tests that `--quick` leaves out; pyproject.toml says what each marker means.
+LEFT_OUT = ("kernels", "compiles", "processes", "full")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run the tests of `make test`; without it, all")
     parser.addoption(
         "--kernels",
         choices=("interpreted", "driver", "gpu"),
@@ -24,11 +29,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    quick = config.getoption("--quick")
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick" if quick else "full"))
     # Triton reads this where a kernel is defined, so it is set before anything imports one.
     if config.getoption("--kernels") == "interpreted":
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--quick`, leave out the tests that are marked so, and all but a sample of a grid's cases."""
+    if not config.getoption("--quick"):
+        return
+    position: Counter[str] = Counter()  # of a case within its test's grid
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        sampled = item.get_closest_marker("sampled")
+        every = 1 if sampled is None else sampled.args[0]
+        marked = any(item.get_closest_marker(name) for name in LEFT_OUT)
+        (left_out if marked or position[test] % every else kept).append(item)
+        position[test] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)

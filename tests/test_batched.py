@@ -46,6 +46,7 @@ def check(case: Case, forms: tuple[str, ...] | None) -> None:
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.sampled(8)
 def test_every_activation_and_loss(activation: str, loss: str, forms: str) -> None:
     check(Case(widths=(3, 17, 5, 3), activation=activation, loss=loss, steps=3), FORMS[forms])
 
@@ -81,12 +82,14 @@ def test_every_activation_and_loss(activation: str, loss: str, forms: str) -> No
     ],
     ids=str,
 )
+@pytest.mark.sampled(5)
 def test_every_option(options: dict[str, object], forms: str) -> None:
     check(replace(Case(widths=(3, 17, 5, 3), steps=3), **options), FORMS[forms])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 3, 17, 40, 63, 65])
 @pytest.mark.parametrize("form", ["primal", "dual", "dual:1", "dual:2"])
+@pytest.mark.sampled(5)
 def test_odd_sizes_and_depths(size: int, form: str) -> None:
     for widths in [(size, 3), (3, size, 2), (2, size, size, 3), (1, size, 2, size, 1)]:
         case = Case(widths=widths, tasks=2, shots=size % 19 + 1, queries=size % 7 + 1, activation="gelu")
@@ -133,6 +136,7 @@ def test_the_chunk_changes_nothing_but_rounding(form: str, chunk: int) -> None:
     ],
     ids=str,
 )
+@pytest.mark.sampled(5)
 def test_samples_in_blocks(options: dict[str, object], rows: int) -> None:
     """17 and 11 samples in blocks of which the last is smaller, and in none."""
     case = replace(Case(widths=(3, 17, 5, 3), activation="sine", shots=17, queries=11, steps=3), **options)  # type: ignore[arg-type]
@@ -141,6 +145,7 @@ def test_samples_in_blocks(options: dict[str, object], rows: int) -> None:
     assert_no_worse_than_twice(by_engine(case, torch.float32, rows=rows), yardsticks(case, torch.float32), exact)
 
 
+@pytest.mark.compiles
 def test_blocks_compile_to_one_graph() -> None:
     # With a sine, whose frequency rides on its product.
     widths = (3, 6, 5)

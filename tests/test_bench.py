@@ -15,7 +15,7 @@ from bench import contenders, jax_peer
 from bench.contenders import ENTRANTS, Peer, Race, in_process
 from bench.jax_peer import JaxProcess
 from bench.peers import Step, disagreement, oracle, ours, ours_as_function, vmap_grad
-from bench.report import render, summarize
+from bench.report import render, render_peers, summarize
 from bench.workloads import TIMED, WORKLOADS, Workload
 
 
@@ -208,9 +208,12 @@ def test_the_report_shows_medians_and_ratios() -> None:
             },
         ]
     }
-    text = render(json.loads(json.dumps(summarize(run))))
-    assert "| wide | 20 | 10 | 5 | 300 | 200 | 80 | 500 | 4.0 | 8.0 | 16.0 | 10.0 |" in text
-    assert "| narrow | 100 | 10 | 5 | 300 | 200 | 80 | – | 0.8 | 8.0 | 16.0 | 2.0 |" in text
+    summary = json.loads(json.dumps(summarize(run)))
+    text = f"{render(summary)}\n\n{render_peers(summary)}"
+    assert "| wide | 4.0 | 8.0 | 16.0 | 20 | 10 | 5 | 80 (compile) |" in text
+    assert "| narrow | 0.8 | 8.0 | 16.0 | 100 | 10 | 5 | 80 (compile) |" in text
+    assert "| wide | 300 | 200 | 80 | 500 |" in text
+    assert "| narrow | 300 | 200 | 80 | – |" in text
     assert "Versions: TorchOpt 0.7.3." in text
     assert "TorchOpt on narrow, not timed: DisagreementError: it differs." in text
     assert "higher: not here." in text

@@ -35,6 +35,7 @@ def assert_whole(found: dict[str, Any], budget: Budget) -> None:
             assert (row["lr"], tried) == (None, {})
 
 
+@pytest.mark.full
 def test_the_quick_run_measures_every_initialisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from bench import profile_steps, report
 from bench.contenders import Race
 from bench.pages import put
 from bench.peers import Result, oracle
-from bench.report import render, summarize, written
+from bench.report import render, render_gain, render_peers, summarize, written
 from bench.summaries import quartiles
 from bench.workloads import TIMED, WORKLOADS
 
@@ -42,13 +42,25 @@ def row(text: str, workload: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_where_ours_is_wrong_there_is_no_time_and_no_ratio() -> None:
-    text = render(json.loads(json.dumps(summarize(RUN))))
-    assert row(text, "right") == ["20", "10", "200", "10.0", "20.0", "10.0"]
-    assert row(text, "wrong") == ["–"] * 6
-    assert row(text, "uncompiled") == ["20", "–", "100", "5.0", "–", "5.0"]
-    assert "Ours on wrong: no time and no ratio, for its loss or gradient differs by 2.5e-01 of the oracle's." in text
+def test_where_ours_is_wrong_there_is_no_time_and_no_gain() -> None:
+    summary = json.loads(json.dumps(summarize(RUN)))
+    text = render(summary)
+    assert row(text, "right") == ["10.0", "20.0", "–", "20", "10", "–", "200 (vmap(grad))"]
+    assert row(text, "wrong") == ["–"] * 7
+    assert row(text, "uncompiled") == ["5.0", "–", "–", "20", "–", "–", "100 (vmap(grad))"]
+    assert [row(render_peers(summary), workload) for workload in ("right", "wrong")] == [["200"], ["–"]]
+    assert (
+        "Ours on wrong: no time and no gain, because its loss or gradient differs by 2.5e-01 of the oracle's." in text
+    )
     assert "ours, compiled on uncompiled, not timed: DisagreementError: it differs." in text
+
+
+def test_the_gain_in_one_line_spans_few_shot_workloads_and_the_others() -> None:
+    times = {"omniglot": 0.01, "crowd": 0.04, "sine": 0.2, "rl": 0.05}
+    seconds = {w: {"ours, compiled": quartiles([t]), "higher": quartiles([0.1])} for w, t in times.items()}
+    line = render_gain({"environment": ENVIRONMENT, "seconds": seconds | {"wrong": {}}})
+    assert "2.5 to 10 times as fast as the fastest peer on few-shot MLPs (omniglot, crowd)" in line
+    assert "0.5 to 2 times on the rest (sine, rl)" in line
 
 
 def test_a_summary_is_its_own_summary() -> None:
@@ -102,9 +114,9 @@ def test_the_bars_show_medians_and_name_who_is_absent(tmp_path: Path, monkeypatc
     assert heights == {"ours": [20, 20], "ours, compiled": [10], "vmap(grad)": [200, 100]}
     assert axes.get_yscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [
-        "right\nbest peer / ours\n10.0",
-        "wrong\nno ratio",
-        "uncompiled\nbest peer / ours\n5.0",
+        "right\ngain\n10.0",
+        "wrong\nno gain",
+        "uncompiled\ngain\n5.0",
     ]
     beneath = figure.get_supxlabel()
     for words in ("wrong: no time", "uncompiled, not timed: DisagreementError", "higher: not here"):

@@ -15,6 +15,7 @@ STORED: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "rules.json").
 PAGE = (ROOT / "docs" / "rules.md").read_text()
 
 
+@pytest.mark.full
 def test_the_quick_run_measures_every_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,11 +63,13 @@ def test_a_curve_ends_where_a_step_would_take_too_long_or_too_much() -> None:
     assert "GB, over 1 GB" in str(large.stopped)
 
 
+@pytest.mark.processes
 def test_a_failure_ends_a_curve_with_its_reason() -> None:
     with pytest.raises(RuntimeError, match=r"^ValueError: .*forms"):
         Point(replace(CURVES["ours"], form="dual:99"), BASE, BASE)
 
 
+@pytest.mark.processes
 def test_memory_is_that_of_the_step() -> None:
     """Every task has weights of its own under vmap, several times; ours hold a chunk's."""
     workload = at("tasks", 400)
@@ -81,6 +83,7 @@ def test_memory_is_that_of_the_step() -> None:
     assert 0 < peaks["ours"] < weights
 
 
+@pytest.mark.processes
 def test_the_quick_run_measures_every_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

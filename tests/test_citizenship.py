@@ -166,6 +166,7 @@ def results(meta: ff.FOMAML, batch: dict[str, Any]) -> list[Tensor]:
         *((engine, "sliced, with strides, off the boundary") for engine in ENGINES),
     ],
 )
+@pytest.mark.sampled(2)
 def test_memory_may_be_laid_out_in_any_way(engine: str, kind: str) -> None:
     case = Case(widths=(3, 5), tasks=2, weighted=True, loss="cross_entropy", steps=1)
     meta, batch = meta_of(case, engine)

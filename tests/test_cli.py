@@ -50,6 +50,7 @@ def states(folder: Path) -> dict[str, Any]:
     return load_checkpoint(folder / "checkpoint.pt")
 
 
+@pytest.mark.processes
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     long = ["train", "sine", "--iterations", "3000", "--joint-iterations", "1", "--eval-tasks", "5", "--out"]

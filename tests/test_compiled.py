@@ -43,6 +43,7 @@ def python(*arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.compiles
 def test_what_ships_compiles_to_what_is_stored(tmp_path: Path) -> None:
     if triton.__version__ != STORED["triton"]:
         pytest.skip(f"the table is of triton {STORED['triton']}, this is {triton.__version__}")
@@ -52,6 +53,7 @@ def test_what_ships_compiles_to_what_is_stored(tmp_path: Path) -> None:
     assert not violations(rows, STORED["rows"])
 
 
+@pytest.mark.processes
 def test_the_stored_table_has_every_launch() -> None:
     """Where not: python -m bench.compiled --save bench/results/compiled.json."""
     names = python("-c", "from bench.compiled import jobs\nfor _, target, name in jobs(): print(name, target)")
@@ -120,6 +122,7 @@ def test_what_does_not_compile_is_a_violation_and_no_standard_for_what_does() ->
     assert violations([row()], [failed]) == []
 
 
+@pytest.mark.processes
 def test_interpreted_kernels_are_not_compiled() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "bench.compiled"]

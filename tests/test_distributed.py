@@ -26,7 +26,10 @@ from fomaml_fused.train.ranks import Ranks
 
 from .cases import Case, relative_error
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"),
+]
 
 CASE = Case(widths=(3, 17, 5), tasks=4, learn_lr="layer")
 RUN = sine.SineConfig(iterations=6, tasks=5, steps=2, eval_tasks=3)

@@ -30,7 +30,10 @@ pytest.importorskip("triton")
 from fomaml_fused.kernels.configuration import DualConfig
 
 __all__ = ["watched"]
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels"),
+]
 
 NAMES = ("dual", "layered")
 ENGINES = pytest.mark.parametrize("engine", NAMES)

@@ -43,6 +43,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, str, str]:
     return json.loads(results.read_text(), parse_constant=pytest.fail), text.read_text(), done.stdout
 
 
+@pytest.mark.processes
 def test_the_dry_run_goes_all_the_way(dry_run: tuple[Row, str, str]) -> None:
     results, _, _ = dry_run
     assert {"environment", "plans", "tests", "repeats", "speed", "notes"} <= set(results)
@@ -56,6 +57,7 @@ def test_the_dry_run_goes_all_the_way(dry_run: tuple[Row, str, str]) -> None:
         assert max(found["highest"]["loss_error"], found["highest"]["gradient_error"]) < 1e-5
 
 
+@pytest.mark.processes
 def test_the_dry_run_times_whoever_agrees_and_tells_why_others_are_not_there(dry_run: tuple[Row, str, str]) -> None:
     results, _, _ = dry_run
     for name, by_precision in results["speed"].items():
@@ -72,6 +74,7 @@ def test_the_dry_run_times_whoever_agrees_and_tells_why_others_are_not_there(dry
     assert set(results["speed"]["sine"]) == {"highest", "high"}
 
 
+@pytest.mark.processes
 def test_nothing_in_a_dry_run_claims_to_be_a_measurement(dry_run: tuple[Row, str, str]) -> None:
     results, text, printed = dry_run
     assert results["dry_run"] is True
@@ -89,12 +92,14 @@ def test_nothing_in_a_dry_run_claims_to_be_a_measurement(dry_run: tuple[Row, str
     assert all("dry run" in row["device"] for found in results["repeats"].values() for row in found.values())
 
 
+@pytest.mark.processes
 def test_the_summary_names_every_workload(dry_run: tuple[Row, str, str]) -> None:
     _, text, _ = dry_run
     for name in WORKLOADS:
         assert f"| {name} | highest |" in text
 
 
+@pytest.mark.processes
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     # Not even interpreted kernels are measured.
     done = run_suite("--out", str(tmp_path / "results"), CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
@@ -138,6 +143,7 @@ def run_fake(work: dict[str, list[str]], seconds: float = 30.0) -> dict[str, Row
     return found
 
 
+@pytest.mark.processes
 def test_what_kills_a_worker_costs_that_alone() -> None:
     found = run_fake({"a": ["fine"], "b": ["fine", "dies", "fine too", "loses it", "hangs"], "c": ["fine"]})
     assert found["a"] == found["c"] == {"avoided": {}}
@@ -160,6 +166,7 @@ def test_jobs_that_no_worker_begins_fail_at_once() -> None:
     assert [row["failed"] for row in found] == ["its process ended with status 1: no such thing"] * 2
 
 
+@pytest.mark.processes
 def test_a_job_past_its_deadline_is_ended_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 0.0)
     found = run_fake({"a": ["hangs"], "b": ["fine"]}, seconds=1.0)

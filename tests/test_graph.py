@@ -134,6 +134,7 @@ def test_outputs_under_a_loss_of_ones_own() -> None:
     assert_equal(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
 
 
+@pytest.mark.compiles
 def test_a_training_loop_through_the_compiler() -> None:
     """Backbone, module, loss and optimiser in graphs of Inductor, as `torch.compile` is by default."""
     torch.use_deterministic_algorithms(False)  # poisoned memory costs the compiler minutes
@@ -419,6 +420,7 @@ def test_parameters_of_a_callable_outer_loss_get_their_gradient_through_a_graph(
 
 
 @pytest.mark.parametrize("loss", ["mse", "callable"])
+@pytest.mark.compiles
 def test_a_compiled_step_runs_in_a_graph_too(loss: str) -> None:
     torch.use_deterministic_algorithms(False)
     case = Case(widths=(3, 2), steps=1, loss=loss, outer_loss="mse")

@@ -182,6 +182,7 @@ def interrupted(command: list[str], after: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("after", [2, 8], ids=["in the first rule", "in the second"])
+@pytest.mark.full
 def test_an_interrupted_run_resumes_to_the_same_results(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

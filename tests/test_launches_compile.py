@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.compiles
+
 ROOT = Path(__file__).parent.parent
 SIZES = {"T", "N", "S", "Q", "K", "k", "P", "LENGTH", "SPLITS", "FIRST"}
 # Of every kernel, the pointers that some launches leave out, or an element of them.

@@ -198,6 +198,7 @@ def test_repr_says_what_is_computed() -> None:
 
 
 @pytest.mark.parametrize("form", ["primal", "dual", "dual:1"])
+@pytest.mark.compiles
 def test_the_compiled_step_gives_the_same(form: str) -> None:
     torch.use_deterministic_algorithms(False)  # poisoned memory costs the compiler minutes
     batch = CASE.batch(torch.float64)

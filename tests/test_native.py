@@ -43,6 +43,7 @@ def check(case: Case, forms: Sequence[str] | None = None, rows: int | None = Non
     # All forms have the same code for them, so each pair is with one, in turn.
     [(*pair, form) for pair, form in zip(product(TAKEN, ACTIVATIONS), cycle(FORMS), strict=False)],
 )
+@pytest.mark.sampled(3)
 def test_every_loss_and_activation(loss: str, activation: str, forms: str) -> None:
     check(Case(widths=(3, 17, 5, 3), activation=activation, loss=loss, steps=3), FORMS[forms])
 
@@ -72,6 +73,7 @@ def test_every_loss_and_activation(loss: str, activation: str, forms: str) -> No
     ],
     ids=str,
 )
+@pytest.mark.sampled(4)
 def test_every_option(options: dict[str, Any], forms: str) -> None:
     check(replace(Case(widths=(3, 17, 5, 3), steps=3), **options), FORMS[forms])
 
@@ -84,6 +86,7 @@ def test_parts_of_layers() -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 16, 17, 40, 64, 65, 130])
 @pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.sampled(4)
 def test_odd_sizes_and_depths(size: int, form: str) -> None:
     for widths in [(size, 3), (3, size, 2), (2, size, size, 3), (1, size, 2, size, 1)]:
         case = Case(widths=widths, tasks=2, shots=size % 19 + 1, queries=size % 7 + 1, activation="gelu")
@@ -252,6 +255,7 @@ def test_what_else_it_does_not_take() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 @pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx",)], ids=str)
+@pytest.mark.compiles
 def test_narrower_registers(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native_library, "FLAGS", (*native_library.FLAGS, *flags))
     monkeypatch.setenv(native_library.CACHE, str(tmp_path))
@@ -265,6 +269,7 @@ def test_narrower_registers(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     native._prepared.cache_clear()
 
 
+@pytest.mark.compiles
 def test_what_is_compiled_is_kept_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(native_library.CACHE, str(tmp_path))
     native_library.library.__wrapped__()
@@ -285,6 +290,7 @@ def test_without_a_compiler_the_plan_says_so(monkeypatch: pytest.MonkeyPatch, tm
         native_library.library.__wrapped__()
 
 
+@pytest.mark.compiles
 def test_a_compiler_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(native_library.CACHE, str(tmp_path))
     monkeypatch.setattr(native_library, "FLAGS", (*native_library.FLAGS, "-DLANES=0"))

@@ -255,6 +255,7 @@ def test_counts_of_a_batch_norm_are_never_padded() -> None:
     "options",
     [{"learn_lr": "layer_step"}, {"step_weights": (0.0, 0.5)}, {"step_weights": (0.5, 0.5)}, {"optimizer": "adam"}],
 )
+@pytest.mark.compiles
 def test_rules_compile_to_one_graph(options: dict[str, Any]) -> None:
     case = Case(widths=(3, 17, 5), tasks=3, **options)
     batch = case.batch(torch.float32)
@@ -274,6 +275,7 @@ def test_rules_compile_to_one_graph(options: dict[str, Any]) -> None:
                 p.mul_(1.1)
 
 
+@pytest.mark.compiles
 def test_every_size_compiles_and_annealed_weights_do_not_compile_anew() -> None:
     case = Case(widths=(3, 5), tasks=2, steps=2, step_weights=(0.5, 0.5))
     meta, batch = case.meta(case.model(torch.float32), "torch", compile=True), case.batch(torch.float32)
@@ -286,6 +288,7 @@ def test_every_size_compiles_and_annealed_weights_do_not_compile_anew() -> None:
                 torch.testing.assert_close(meta(**some), expected)
 
 
+@pytest.mark.compiles
 def test_arguments_that_come_and_go_are_compiled_apart() -> None:
     case = Case(widths=(1, 5, 1), tasks=2, steps=1)
     meta, batch = case.meta(case.model(torch.float32), "torch", compile=True), case.batch(torch.float32)

@@ -23,6 +23,8 @@ pytest.importorskip("triton")
 
 from fomaml_fused.kernels.configuration import DualConfig
 
+pytestmark = pytest.mark.kernels
+
 __all__ = ["watched"]
 ENGINES = pytest.mark.parametrize("engine", ["dual", "layered"])
 COUNTS: dict[str, Any] = {"support_counts": (6, 2, 3, 1, 1, 4, 5), "query_counts": (1, 7, 2, 3, 4, 5, 3)}

@@ -291,6 +291,7 @@ def test_shared_memory_that_a_device_lacks_is_known_before_compiling(monkeypatch
         assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "batched"
 
 
+@pytest.mark.processes
 def test_without_interpreter_and_driver_the_error_says_the_ways_out() -> None:
     program = """
 import torch, fomaml_fused as ff
@@ -374,6 +375,7 @@ def test_memory_does_not_grow_with_tasks() -> None:
 
 
 @pytest.mark.parametrize("engine", ["dual", "layered"])
+@pytest.mark.kernels
 def test_in_the_dual_kernels_no_task_has_weights_of_its_own(engine: str) -> None:
     """What a task adds to the peak is its history and its samples, far less than its weights would be."""
     widths, shots, queries, steps = (16, 96, 96, 4), 2, 3, 2

@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 
 from fomaml_fused.kernels.configuration import PrimalConfig
 
+pytestmark = pytest.mark.kernels
+
 __all__ = ["watched"]
 ENGINES = pytest.mark.parametrize("engine", ["chained", "primal"])
 

@@ -29,7 +29,10 @@ pytest.importorskip("triton")
 from fomaml_fused.kernels.configuration import PrimalConfig
 
 __all__ = ["watched"]
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not INTERPRETED, reason="compiles hundreds of kernels"),
+]
 
 NAMES = ("chained", "primal")
 ENGINES = pytest.mark.parametrize("engine", NAMES)

@@ -13,6 +13,8 @@ from .on_kernels import by_kernels, kernel_device, on_device
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.kernels
+
 __all__ = ["watched"]
 
 

@@ -25,6 +25,8 @@ pytest.importorskip("triton")
 
 from fomaml_fused.engines import Outcome, resident
 
+pytestmark = pytest.mark.kernels
+
 __all__ = ["watched"]
 
 # Every rule, with numbers at which it matters in some steps of some tasks and not in others.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fomaml_fused.batched_plans import form_obstacle
@@ -88,6 +88,7 @@ def check(case: Case, forms: tuple[str, ...] | None, chunk: int | None = None) -
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.sampled(4)
 def test_every_rule(rule: str, form: str) -> None:
     case = joined(rule)
     forms = forms_of(case, form)
@@ -114,6 +115,7 @@ def test_every_rule(rule: str, form: str) -> None:
     ],
     ids=" + ".join,
 )
+@pytest.mark.sampled(4)
 def test_rules_that_meet(rules: tuple[str, ...], form: str) -> None:
     case = joined(*rules)
     forms = forms_of(case, form)
@@ -121,7 +123,6 @@ def test_rules_that_meet(rules: tuple[str, ...], form: str) -> None:
         check(case, forms)
 
 
-@settings(max_examples=60)
 @given(pair=st.sampled_from(PAIRS), form=st.sampled_from(FORMS), seed=st.integers(0, 1 << 20), bias=st.booleans())
 def test_pairs_of_rules(pair: tuple[str, str], form: str, seed: int, bias: bool) -> None:
     case = replace(joined(*pair), seed=seed)

@@ -58,6 +58,7 @@ MEASURED = [("digits", rule) for rule in RULES] + [("sine", rule) for rule in ("
 
 
 @pytest.mark.parametrize(("tasks", "rule"), MEASURED)
+@pytest.mark.sampled(5)
 def test_a_run_is_as_the_rule_says_and_is_measured(tasks: str, rule: str, tmp_path: Path) -> None:
     more = ["--joint-iterations", "1"] if tasks == "sine" else []
     assert main(["train", tasks, *typed(rule, iterations=2), *more, "--out", str(tmp_path)]) == 0
@@ -68,6 +69,7 @@ def test_a_run_is_as_the_rule_says_and_is_measured(tasks: str, rule: str, tmp_pa
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.sampled(5)
 def test_training_lowers_the_error_after_adaptation(rule: str) -> None:
     config = sine_config(rule, iterations=150, tasks=25, outer_lr=0.003)
     meta, outer = sine.prepare(config)
