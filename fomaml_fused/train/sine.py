@@ -70,7 +70,7 @@ def run(config: SineConfig, out: Path, *, resume: bool = False) -> str:
     found["curve"] = outer.curve
     save_json(out / "results.json", {"config": asdict(config), **found})
     save_figure(out / "learning_curve.png", lambda figure: _draw_curve(figure, outer.curve, config), (7, 4))
-    save_figure(out / "adapted.png", lambda figure: _draw_adapted(figure, meta, pretrained, config), (10, 6))
+    save_figure(out / "adapted.png", lambda figure: _draw_adapted(figure, meta, pretrained, config), (10, 5.5))
     return "\n".join(
         [
             f"mean squared error on {config.eval_tasks} held-out sinusoids, before and after adaptation",
@@ -149,9 +149,13 @@ def _draw_curve(figure: Any, curve: list[float], config: SineConfig) -> None:
 
 @torch.no_grad()
 def _draw_adapted(figure: Any, meta: FOMAML, pretrained: nn.Module, config: SineConfig) -> None:
-    """Two rows of networks, three columns of tasks: the truth, the five points adapted on, the curves after steps."""
+    """Draw two rows of networks by three sinusoids: the truth, five support points, the curves before and after steps.
+
+    The amplitudes lie a quarter, a half and three quarters through their range.
+    """
     sampler = Sinusoids(5, 0, seed=config.seed + 3)
-    amplitude, phase = sampler.draw(3)
+    _, phase = sampler.draw(3)
+    amplitude = torch.linspace(*sampler.amplitude, 5)[1:4].view_as(phase)
     support_x = torch.rand(3, 5, 1, generator=sampler.generator) * 10 - 5
     support_y = sinusoid(support_x, amplitude, phase)
     x = torch.linspace(-5, 5, 200).expand(3, -1).unsqueeze(-1)
@@ -162,9 +166,13 @@ def _draw_adapted(figure: Any, meta: FOMAML, pretrained: nn.Module, config: Sine
             adapts = config.untrained(pretrained, "mse", config.lr, steps) if row else config.trained(meta, steps)
             curves = adapts.predict(support_x, support_y, x)
             for t in range(3):
-                grid[row][t].plot(x[t, :, 0], curves[t, :, 0], style, label=f"after {steps} step(s)")
+                label = "before adaptation" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+                grid[row][t].plot(x[t, :, 0], curves[t, :, 0], style, label=label)
         for t in range(3):
-            grid[row][t].plot(x[t, :, 0], y[t, :, 0], "k", alpha=0.4, label="truth")
-            grid[row][t].plot(support_x[t, :, 0], support_y[t, :, 0], "k^", label="support")
-        grid[row][0].set_ylabel(name)
-    grid[0][0].legend(fontsize="small")
+            grid[row][t].plot(x[t, :, 0], y[t, :, 0], "k", alpha=0.4, label="true sinusoid")
+            grid[row][t].plot(support_x[t, :, 0], support_y[t, :, 0], "k^", label="support points")
+            grid[row][t].grid(alpha=0.3)
+        grid[row][0].set_ylabel(f"{name}\ny")
+    for axes in grid[1]:
+        axes.set_xlabel("x")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
