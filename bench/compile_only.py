@@ -81,7 +81,7 @@ def recorded(device: str) -> Iterator[list[Launch]]:
 
     The device stays Triton's after it, for without a GPU Triton has none to go back to.
     """
-    driver = _Driver(device)
+    driver = Driver(device)
     launches: list[Launch] = []
 
     def keep(kernel: Any, *described: Any) -> None:
@@ -100,7 +100,7 @@ def forget_device() -> None:
     launching.properties.cache_clear()
 
 
-class _Driver(DriverBase):  # type: ignore[misc]
+class Driver(DriverBase):  # type: ignore[misc]
     """Serves CPU tensors; it is its own `utils`, of which launch code needs the properties of the device alone."""
 
     def __init__(self, device: str) -> None:

@@ -61,7 +61,10 @@ def pass_kernel(
     for i in tl.static_range(depth(SPEC)):
         if p_inputs[i] is not None:
             _store(p_inputs[i], rows, h, i, SPEC)
-        p_weight, p_bias = _parameters(p_weights[i], p_biases[i], p_fast, i_t, OWN, i, SPEC)
+        p_weight = _weight_pointer(p_weights[i], p_fast, i_t, OWN, i, SPEC)
+        p_bias = p_biases[i]
+        if p_bias is not None:
+            p_bias = _bias_pointer(p_bias, p_fast, i_t, OWN, i, SPEC)
         h, left = _layer(h, p_weight, p_bias, i, SPEC)
         kept = kept + (left,)
     if p_out is not None:
@@ -76,7 +79,7 @@ def pass_kernel(
                 if p_gradients[i] is not None:
                     _store(p_gradients[i], rows, d, i + 1, SPEC)
                 if i > LOWEST:
-                    p_weight, _bias = _parameters(p_weights[i], None, p_fast, i_t, OWN, i, SPEC)
+                    p_weight = _weight_pointer(p_weights[i], p_fast, i_t, OWN, i, SPEC)
                     d = _layer_backward(d, p_weight, i, SPEC)
         if p_dx is not None:
             _store(p_dx, rows, _scaled(d, unit), 0, SPEC)
@@ -95,7 +98,9 @@ def forward_kernel(
     OUT: tl.constexpr = width(SPEC, L + 1)
     i_t, rows = _block(N, SPEC)
     o_f = tl.program_id(1) * features(SPEC, OUT) + tl.arange(0, features(SPEC, OUT))
-    p_weight, p_bias = _parameters(p_weight, p_bias, p_fast, i_t, OWN, L, SPEC)
+    p_weight = _weight_pointer(p_weight, p_fast, i_t, OWN, L, SPEC)
+    if p_bias is not None:
+        p_bias = _bias_pointer(p_bias, p_fast, i_t, OWN, L, SPEC)
     b_z = linear(p_weight, p_bias, p_x, rows, o_f, IN, OUT, SPEC)
     if p_kept is not None:
         store(p_kept, rows, o_f, b_z, OUT)
@@ -131,7 +136,7 @@ def backward_kernel(
     IN: tl.constexpr = width(SPEC, L)
     i_t, rows = _block(N, SPEC)
     o_f = tl.program_id(1) * features(SPEC, IN) + tl.arange(0, features(SPEC, IN))
-    p_weight, _bias = _parameters(p_weight, None, p_fast, i_t, OWN, L, SPEC)
+    p_weight = _weight_pointer(p_weight, p_fast, i_t, OWN, L, SPEC)
     b_d = linear_backward(p_weight, p_d, rows, o_f, IN, width(SPEC, L + 1), SPEC)
     if L > 0:
         b_d = pull_back(b_d, load(p_kept, rows, o_f, IN), activation(SPEC, L - 1))
@@ -330,15 +335,21 @@ def _task_and_tile(SPEC: tl.constexpr):
     return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
 
 
+# Triton 3.6 compiles no function that returns a tuple with None in it, so a weight and its bias have one each.
 @triton.jit
-def _parameters(p_weight, p_bias, p_fast, i_t, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr):
-    """Where layer L's weight and bias lie: those of task i_t, or those that tasks share."""
+def _weight_pointer(p_weight, p_fast, i_t, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr):
+    """Return the pointer of layer L's weight: of task i_t, or of what tasks share."""
     if OWN and SPEC.adapts[L]:
-        p_task = p_fast + i_t * weight_offset(SPEC, depth(SPEC))
-        p_weight = p_task + weight_offset(SPEC, L)
-        if p_bias is not None:
-            p_bias = p_task + bias_offset(SPEC, L)
-    return p_weight, p_bias
+        p_weight = p_fast + i_t * weight_offset(SPEC, depth(SPEC)) + weight_offset(SPEC, L)
+    return p_weight
+
+
+@triton.jit
+def _bias_pointer(p_bias, p_fast, i_t, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr):
+    """Return the pointer of layer L's bias, which it has: of task i_t, or of what tasks share."""
+    if OWN and SPEC.adapts[L]:
+        p_bias = p_fast + i_t * weight_offset(SPEC, depth(SPEC)) + bias_offset(SPEC, L)
+    return p_bias
 
 
 @triton.jit
@@ -364,7 +375,7 @@ def _move(
     K, k, OWN: tl.constexpr, L: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Move a tile of layer L's weight, and beside its first column the bias, along their gradients b_w and b_b."""
-    p_weight, p_bias = _parameters(p_weight, p_bias, p_fast, i_t, OWN, L, SPEC)
+    p_weight = _weight_pointer(p_weight, p_fast, i_t, OWN, L, SPEC)
     o_w, m_w = _weight(o_in, o_out, L, SPEC)
     o_here = o_w - weight_offset(SPEC, L)
     b_rate = _rate(p_inner, p_rates, o_here, m_w, k, L, L, SPEC)
@@ -375,6 +386,7 @@ def _move(
     if SPEC.biases[L]:
         if i_in == 0:
             m_b = o_out < width(SPEC, L + 1)
+            p_bias = _bias_pointer(p_bias, p_fast, i_t, OWN, L, SPEC)
             b_bias_rate = _rate(p_inner, p_rates, o_out, m_b, k, L, depth(SPEC) + L, SPEC)
             _follow(
                 p_bias + o_out, p_fast, p_first, p_second, p_directions, p_inner, b_b, b_bias_rate, i_t,

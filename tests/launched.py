@@ -1,12 +1,17 @@
-"""What the public calls launch on GPUs that are not there, as JSON; for one of them it is compiled, too.
+"""Prints, as JSON, what the public calls launch on a GPU that need not be there; or compiles it.
 
-python -m tests.launched    # in a process that does not interpret kernels
+python -m tests.launched sm_90              # the launches
+python -m tests.launched sm_90 --compile    # compiles a cover of them: every choice of every kernel at least once
+python -m tests.launched sm_90 --compile --all
+
+In a process that does not interpret kernels.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,8 +21,6 @@ from torch import nn
 import fomaml_fused as ff
 from bench.compile_only import DEVICES, Launch, recorded
 from fomaml_fused.plans import KERNEL_ENGINES
-
-COMPILED = "sm_90"  # what the kernels do wrong, they do wrong on every device
 
 
 def call(engine: str, everything: bool) -> None:
@@ -49,6 +52,22 @@ def call(engine: str, everything: bool) -> None:
             frozen.requires_grad_(False)
             meta(x, y, q, t, support_weight=support_weight, **weights).backward()
             meta.predict(x, y, q, support_weight=support_weight).sum().backward()
+
+
+def call_without_biases(engine: str) -> None:
+    """Every public call that launches a kernel, on a network whose layers have no bias."""
+    x, q = torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Tanh(), nn.Linear(32, 16, bias=False))
+    forms = ("dual", "dual:1") if engine == "layered" else None
+    rules: list[dict[str, Any]] = [{}, {"momentum": 0.9, "weight_decay": 0.01}]
+    if engine in ("chained", "primal"):
+        rules.append({"max_grad_norm": 1.0})
+    with ff.override(engine=engine, forms=forms):
+        for options in rules:
+            meta = ff.FOMAML(model, steps=2, backend="triton", precision="tf32", **options)
+            meta(x, x, q.requires_grad_(), q.detach()).backward()
+            meta.predict(x, x, q).sum().backward()
+            meta.adapt(x, x)(q)
 
 
 def call_dual_with_rules(engine: str) -> None:
@@ -125,40 +144,60 @@ def described(launch: Launch) -> dict[str, Any]:
     return {"kernel": f"{module}.{launch.kernel}", "types": types, "facts": facts}
 
 
-def telling(launches: Iterable[Launch]) -> Iterator[Launch]:
-    """Those with an argument given or left out, or a choice of the kernel's, that no earlier one of its kernel has."""
-    seen: set[tuple[str, str, str]] = set()
-    for launch in launches:
-        spec = launch.constant("SPEC")
-        choices = {} if spec is None else {f.name: str(getattr(spec, f.name)) for f in fields(spec)}
-        types = described(launch)["types"]
-        choices |= {name.partition("[")[0]: kind for name, kind in types.items() if name.startswith("p_")}
-        own = {(launch.kernel, name, choice) for name, choice in choices.items()}
-        if not own <= seen:
-            yield launch
-        seen |= own
+def choices(launch: Launch) -> set[tuple[str, str, str]]:
+    """What a launch is compiled for: each field of its spec, other constants, and the type of each pointer or None."""
+    spec = launch.constant("SPEC")
+    found = {} if spec is None else {f.name: str(getattr(spec, f.name)) for f in fields(spec)}
+    found |= {name: kind for name, kind in described(launch)["types"].items() if name.startswith("p_")}
+    names = launch.source.fn.arg_names
+    for path, value in launch.source.constants.items():
+        if names[path[0]] != "SPEC":
+            found["".join([names[path[0]], *(f"[{i}]" for i in path[1:])])] = str(value)
+    module = launch.source.fn.__module__
+    return {(f"{module}.{launch.kernel}", name, value) for name, value in found.items()}
+
+
+def cover(launches: Sequence[Launch]) -> list[Launch]:
+    """A few of the launches that have every choice that any of them has."""
+    of = {launch.key: (launch, choices(launch)) for launch in launches}
+    missing = set().union(*(chosen for _, chosen in of.values()))
+    taken = []
+    while missing:
+        launch, chosen = max(of.values(), key=lambda pair: len(pair[1] & missing))
+        taken.append(launch)
+        missing -= chosen
+    return taken
+
+
+def launched(target: str) -> list[Launch]:
+    """Every different launch of the public calls on a device."""
+    with recorded(target) as launches:
+        for engine in KERNEL_ENGINES:
+            call(engine, everything=False)
+            call(engine, everything=True)
+            call_without_biases(engine)
+            if engine in ("dual", "layered"):
+                call_dual_with_rules(engine)
+            if engine in ("chained", "primal"):
+                call_primal_with_rules(engine)
+        call_with_rules()
+    return list({launch.key: launch for launch in launches}.values())
 
 
 def main() -> None:
-    launched = {}
-    for target in DEVICES:
-        with recorded(target) as launches:
-            for engine in KERNEL_ENGINES:
-                call(engine, everything=False)
-            least = len(launches)  # these are others with arguments left out
-            for engine in KERNEL_ENGINES:
-                call(engine, everything=True)
-                if engine in ("dual", "layered"):
-                    call_dual_with_rules(engine)
-                if engine in ("chained", "primal"):
-                    call_primal_with_rules(engine)
-            call_with_rules()
-        different = {launch.key: launch for launch in launches}.values()
-        launched[target] = [described(launch) for launch in different]
-        if target == COMPILED:
-            for launch in telling({launch.key: launch for launch in launches[least:]}.values()):
-                launch.compile()
-    print(json.dumps(launched))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=DEVICES)
+    parser.add_argument("--compile", action="store_true", help="compile, and print how many launches that were")
+    parser.add_argument("--all", action="store_true", help="compile all launches instead of a cover of them")
+    options = parser.parse_args()
+    launches = launched(options.target)
+    if not options.compile:
+        print(json.dumps([described(launch) for launch in launches]))
+        return
+    launches = launches if options.all else cover(launches)
+    for launch in launches:
+        launch.compile()
+    print(len(launches))
 
 
 if __name__ == "__main__":

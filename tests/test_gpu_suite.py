@@ -109,6 +109,15 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
+def test_kernel_tests_hand_no_cpu_tensors_to_a_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *gpu.KERNEL_TESTS]
+    command += ["-p", "tests.serves_cuda", "--kernels=driver", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTEST_ADDOPTS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "it moves to the GPU" in done.stdout
+
+
 PROGRAM = """
 import json, os, sys, time
 order = json.loads(sys.argv[1])

@@ -196,7 +196,7 @@ def test_the_outputs_of_a_multi_step_loss_are_those_after_the_last_step() -> Non
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(options: dict[str, Any], reason: str) -> None:
-    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3))
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)).to(kernel_device())
     with pytest.raises(ValueError, match=f"engine is 'resident', which cannot run: .*{reason}"):
         ff.FOMAML(model, backend="triton", **options).plan(5, 5)
 
@@ -204,13 +204,15 @@ def test_what_the_kernel_does_not_take_is_named(options: dict[str, Any], reason:
 def test_a_layout_is_tuned_for_the_rules_it_was_tuned_with(monkeypatch: pytest.MonkeyPatch) -> None:
     from fomaml_fused.kernels import configuration
 
+    from fomaml_fused.engines import launching
     from fomaml_fused.kernel_plans import tuned_for
 
     monkeypatch.setattr(configuration, "_tuned", {})
-    model, tuned = nn.Sequential(nn.Linear(3, 4)), configuration.Config(8, 32)
+    model, tuned = nn.Sequential(nn.Linear(3, 4)).to(kernel_device()), configuration.Config(8, 32)
     plain = ff.FOMAML(model, backend="triton")
     found = plain.plan(5, 5)
-    configuration.remember("cpu-0", "resident", tuned_for(found.problem, found.sizes, found.precision), tuned)
+    device = launching.device_name(kernel_device())
+    configuration.remember(device, "resident", tuned_for(found.problem, found.sizes, found.precision), tuned)
     ff.planner.forget_plans()
     assert plain.plan(5, 5).config == tuned
     assert ff.FOMAML(model, backend="triton", optimizer="adam").plan(5, 5).config != tuned
