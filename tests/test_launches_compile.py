@@ -54,7 +54,7 @@ NEVER_GIVEN = {("resident.meta_kernel", "p_out")}  # by no public call
 
 
 def launched(cache: Path, *arguments: str) -> Any:
-    """What `tests.launched` prints; it needs its own process, because one either interprets kernels or compiles them."""
+    """Return what `tests.launched` prints; in its own process, because one either interprets kernels or compiles."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.launched", *arguments]
