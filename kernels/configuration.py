@@ -62,7 +62,7 @@ class PrimalConfig(TiledConfig):
 def configuration(device: str, kernel: str, largest_weight: int) -> Config | None:
     """The configuration of a kernel on a device; None where no rule takes a weight tile of that many numbers.
 
-    device: as "cuda-90" or "hip-gfx942"; a kernel that has no rules in its table has the default ones.
+    device: as "cuda-90" or "hip-gfx942".
     """
     for rule in _table(device)[kernel]:
         if largest_weight <= rule["weights"]:
@@ -109,7 +109,10 @@ _tuned: dict[tuple[str, str, Hashable], Config] = {}
 
 @cache
 def _table(device: str) -> Any:
+    """Rules by kernel: the device's own, else those of its backend, else the default ones."""
     folder = resources.files(__package__) / "configs"
-    file = folder / f"{device}.json"
-    own = json.loads(file.read_text()) if file.is_file() else {}
-    return json.loads((folder / "default.json").read_text()) | own
+    found: dict[str, Any] = {}
+    for name in ("default", device.partition("-")[0], device):
+        file = folder / f"{name}.json"
+        found |= json.loads(file.read_text()) if file.is_file() else {}
+    return found
