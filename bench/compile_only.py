@@ -34,12 +34,21 @@ class Device:
     multiprocessors: int
 
 
-# An A100, an H100, a B200 and an MI300X.
-DEVICES = {
+# An A100, an H100, a B200 and an MI300X: the devices that every kernel is compiled for.
+MAIN_DEVICES = {
     "sm_80": Device(GPUTarget("cuda", 80, 32), 166_912, 108),
     "sm_90": Device(GPUTarget("cuda", 90, 32), 232_448, 132),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 232_448, 148),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 65_536, 304),
+}
+# With an RTX 3090, an RTX 4090, an RTX 5090, an MI250X, an MI355X and an RX 7900 XTX: some kernels of each engine.
+DEVICES = MAIN_DEVICES | {
+    "sm_86": Device(GPUTarget("cuda", 86, 32), 101_376, 82),
+    "sm_89": Device(GPUTarget("cuda", 89, 32), 101_376, 128),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 101_376, 170),
+    "gfx90a": Device(GPUTarget("hip", "gfx90a", 64), 65_536, 110),
+    "gfx950": Device(GPUTarget("hip", "gfx950", 64), 163_840, 256),
+    "gfx1100": Device(GPUTarget("hip", "gfx1100", 32), 65_536, 48),
 }
 
 

@@ -27,7 +27,7 @@ from fomaml_fused.engines import launching
 from fomaml_fused.text import table
 from fomaml_fused.train.files import save_json
 
-from .compile_only import DEVICES, Launch, recorded
+from .compile_only import DEVICES, MAIN_DEVICES, Launch, recorded
 from .workloads import WORKLOADS, Workload
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ class Case:
         predicts: whether `predict` is compiled too, or the meta-step alone.
         options: of `FOMAML`, further ones.
         ragged: whether tasks have unequal numbers of samples, and share packs.
-        targets: devices that the engine takes it on; all that have the precision, unless they have too little memory.
+        targets: devices to compile for, of those that the engine takes it on and that have the precision.
     """
 
     workload: Workload
@@ -59,7 +59,7 @@ class Case:
     predicts: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     ragged: bool = False
-    targets: tuple[str, ...] = tuple(DEVICES)
+    targets: tuple[str, ...] = tuple(MAIN_DEVICES)
 
     def meta(self) -> ff.FOMAML:
         """The workload's network, to be called."""
@@ -102,22 +102,23 @@ def _cases() -> list[Case]:
     field = replace(WORKLOADS["learnit"], name="field", widths=(2, 256, 256, 3))
     policy = Workload("policy", (20, 64, 64, 6), "tanh", 40, 200, 200, 2, "cross_entropy")
     folding = Workload("folding", (64, 128, 128, 5), "relu", 8, 20, 20, 8, "cross_entropy")
+    everywhere = tuple(DEVICES)  # a case of each engine
     return [
-        *(Case(sine, "resident", precision, predicts=True) for precision in precisions),
+        *(Case(sine, "resident", precision, predicts=True, targets=everywhere) for precision in precisions),
         *(Case(classifier, "resident", precision) for precision in precisions[:3]),
         Case(momentum, "resident", "tf32", options={"momentum": 0.9, "weight_decay": 0.01}),
         Case(replace(sine, name="walked", shots=100, queries=100), "resident", "tf32"),
         Case(replace(sine, name="half"), "resident", "fp16"),
         Case(replace(sine, name="wide", widths=(1, 128, 128, 1)), "resident", "bf16", targets=("sm_90", "sm_100")),
         *(Case(omniglot, "dual", precision, predicts=True) for precision in precisions),
-        *(Case(crowd, "dual", precision, predicts=True) for precision in precisions[:3]),
-        *(Case(layered, "layered", precision) for precision in precisions[:3]),
+        *(Case(crowd, "dual", precision, predicts=True, targets=everywhere) for precision in precisions[:3]),
+        *(Case(layered, "layered", precision, targets=everywhere) for precision in precisions[:3]),
         *(Case(replace(crowd, name="ragged"), "dual", precision, ragged=True) for precision in precisions[:3]),
         Case(replace(layered, name="ragged layers"), "layered", "tf32", ragged=True),
         Case(folding, "layered", "tf32"),
         *(Case(WORKLOADS["meta_siren"], "chained", precision) for precision in ("tf32", "bf16")),
-        *(Case(policy, "chained", precision, predicts=True) for precision in precisions[:3]),
-        *(Case(field, "primal", precision) for precision in precisions),
+        *(Case(policy, "chained", precision, predicts=True, targets=everywhere) for precision in precisions[:3]),
+        *(Case(field, "primal", precision, targets=everywhere) for precision in precisions),
         Case(replace(field, name="wide field"), "chained", "bf16", targets=("sm_90", "gfx942")),
     ]
 
@@ -213,7 +214,7 @@ def _of_amdgcn(text: str) -> Row:
     return {
         "registers": int(usage["vgpr_count"]),
         "spilled": int(usage["vgpr_spill_count"]),
-        **_matrix({op: n for op, n in operations.items() if op.startswith("v_mfma_")}),
+        **_matrix({op: n for op, n in operations.items() if re.match("v_(mfma|wmma)_", op)}),
         "instructions": operations.total(),
         "loop": longest_loop([at for at, (_, name, _) in enumerate(code) if name], branches),
     }
@@ -273,13 +274,25 @@ def render(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row], case: str) -> str:
-    """The rows of a case as a Markdown table."""
+    """The rows of a case for the main devices, as a Markdown table."""
     columns = ("target", *(figure for figure in FIGURES if figure != "matrix_kind"))
     lines = [f"| precision | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
         name, _, precision = row["case"].rpartition(" ")
-        if name == case:
+        if name == case and row["target"] in MAIN_DEVICES:
             lines.append(f"| {precision} | {' | '.join(str(row[column]) for column in columns)} |")
+    return "\n".join(lines)
+
+
+def limits(rows: list[Row]) -> str:
+    """Kernels, those that spill, the most words, and shared memory in bytes, by device: a Markdown table."""
+    lines = ["| device | kernels | that spill | most words | most shared memory | of |", "|---" * 6 + "|"]
+    for name, device in DEVICES.items():
+        own = [row for row in rows if row["target"] == name]
+        spilled = [row["spilled"] for row in own if row["spilled"]]
+        most = max(row["shared"] for row in own)
+        numbers = (len(own), len(spilled), max(spilled, default=0), most, device.shared_memory)
+        lines.append(f"| {name} | {' | '.join(f'{number:,}' for number in numbers)} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, keeps_output, leaves_zero, pull_back
-from .products import dot
+from .products import running_dot
 from .spec import activation, depth, in_parts, in_tf32, lowest, padded, samples, width
 
 
@@ -82,7 +82,7 @@ def _linear(b_h, b_w, b_b, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.constex
             b_z = _sum_product(b_w, tl.trans(b_h), b_z, SPEC)
         else:
             # Whole, the weights are what a step sums into, and to be an operand as well they would be moved about.
-            b_z = dot(b_w, b_h, b_z, SPEC)
+            b_z = running_dot(b_w, b_h, b_z, SPEC)
     return b_z
 
 
@@ -94,7 +94,7 @@ def _linear_backward(b_d, b_w, IN: tl.constexpr, OUT: tl.constexpr, SPEC: tl.con
     elif OUT == 1:
         b_dx = b_w[:, None] * b_d
     else:
-        b_dx = dot(tl.trans(b_w), b_d, tl.zeros([padded(IN), samples(SPEC)], tl.float32), SPEC)
+        b_dx = running_dot(tl.trans(b_w), b_d, tl.zeros([padded(IN), samples(SPEC)], tl.float32), SPEC)
     return b_dx
 
 
@@ -115,7 +115,7 @@ def _sum_product(b_a, b_b, b_sum, SPEC: tl.constexpr):
     if in_tf32(SPEC):
         b_a = _even_first(b_a)
         b_b = _even_first(b_b)
-    return dot(b_a, tl.trans(b_b), b_sum, SPEC)
+    return running_dot(b_a, tl.trans(b_b), b_sum, SPEC)
 
 
 @triton.jit

@@ -6,7 +6,27 @@ import triton.language as tl
 
 @triton.jit
 def dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
-    """b_sum + b_a @ b_b, with operands in the precision of SPEC and a sum in float32."""
+    """Return b_sum + b_a @ b_b, with operands in the precision of SPEC and a float32 sum.
+
+    In tf32x3, tensor cores sum b_a @ b_b alone, and a float32 addition adds it to b_sum. Tensor cores round a sum
+    towards zero, so an accumulator that runs over many blocks loses accuracy with their number.
+    """
+    if SPEC.precision == "tf32x3":
+        b_ah, b_bh = _high(b_a), _high(b_b)
+        b_product = tl.dot(b_a - b_ah, b_bh, input_precision="tf32")
+        b_product = tl.dot(b_ah, b_b - b_bh, b_product, input_precision="tf32")
+        b_sum += tl.dot(b_ah, b_bh, b_product, input_precision="tf32")
+    else:
+        b_sum = running_dot(b_a, b_b, b_sum, SPEC)
+    return b_sum
+
+
+@triton.jit
+def running_dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
+    """Return b_sum + b_a @ b_b, with b_sum as the accumulator of the tensor cores.
+
+    In tf32x3 it needs fewer registers than `dot`, and is less accurate where one sum takes many of these products.
+    """
     if SPEC.precision == "bf16":
         b_sum = tl.dot(b_a.to(tl.bfloat16), b_b.to(tl.bfloat16), b_sum)
     elif SPEC.precision == "fp16":

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from bench.compile_only import DEVICES
+from bench.compile_only import DEVICES, MAIN_DEVICES
 from bench.compiled import Row, longest_loop, violations
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,8 @@ KNOWN = {
     "crowd query_kernel forward tf32x3 on sm_80",
     "ragged inner_kernel tf32x3 on sm_80",
 }
+# The most words that a kernel spills on the other devices.
+SPILLED = {"sm_86": 14, "sm_89": 14, "sm_120": 37, "gfx90a": 0, "gfx950": 0, "gfx1100": 780}
 
 
 def python(*arguments: str) -> str:
@@ -61,8 +63,11 @@ def test_the_stored_table_has_every_launch() -> None:
 
 
 def test_the_stored_table_is_sound_but_for_what_is_known() -> None:
-    violated = {f"{row['case']} on {row['target']}" for row in STORED["rows"] if violations([row], [row])}
-    assert violated == KNOWN
+    violated = [row for row in STORED["rows"] if violations([row], [row])]
+    assert {f"{row['case']} on {row['target']}" for row in violated if row["target"] in MAIN_DEVICES} == KNOWN
+    others = [row for row in STORED["rows"] if row["target"] not in MAIN_DEVICES]
+    assert all(row["shared"] <= DEVICES[row["target"]].shared_memory for row in others)
+    assert {name: max(row["spilled"] for row in others if row["target"] == name) for name in SPILLED} == SPILLED
 
 
 def test_primal_kernels_use_the_large_matrix_unit_of_sm_90() -> None:
