@@ -22,9 +22,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="run the tests of `make test`; without it, all")
     parser.addoption(
         "--kernels",
-        choices=("interpreted", "driver", "gpu"),
+        choices=("interpreted", "driver", "gpu", "sm_80", "sm_86", "sm_89", "sm_90"),
         default="interpreted",
-        help="where kernel tests run: in Triton's interpreter, on what its active driver serves, or on a GPU alone",
+        help="where kernel tests run: in Triton's interpreter, on what its driver serves, on a GPU, or emulated",
+    )
+    parser.addoption("--races", action="store_true", help="watch an emulated GPU for races; several times slower")
+    parser.addoption(
+        "--sums",
+        choices=("exact", "hardware"),
+        default="exact",
+        help="how an emulated GPU sums matrix products; hardware: as tensor cores are described to",
     )
 
 
@@ -32,10 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
     quick = config.getoption("--quick")
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick" if quick else "full"))
     # Triton reads this where a kernel is defined, so it is set before anything imports one.
-    if config.getoption("--kernels") == "interpreted":
+    where = config.getoption("--kernels")
+    if where == "interpreted":
         os.environ["TRITON_INTERPRET"] = "1"
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+    if where.startswith("sm_"):
+        from tests import virtual_gpu
+
+        hardware = config.getoption("--sums") == "hardware"
+        virtual_gpu.activate(int(where[3:]), races=config.getoption("--races"), hardware_sums=hardware)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
