@@ -1,10 +1,15 @@
 # Every target sets up what it needs in .venv, from the pins of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# What the emulator of GPUs is told to be.
-ARCHS ?= 80 90
+# Architectures of the emulated GPU, and further options: --races, --sums=hardware.
+ARCHS ?= sm_80 sm_90
+EMULATED ?=
+# In .venv: the folder of another Triton than the environment's own.
+TRITON ?= .
+WITH_TRITON := PYTHONPATH=.venv/$(TRITON) TRITON_CACHE_DIR=.venv/cache/$(TRITON)
+KERNEL_TESTS := tests/test_resident.py tests/test_dual.py tests/test_packs.py tests/test_primal.py
 
-.PHONY: help demo test test-all test-virtual-gpu test-triton-versions lint docs peers bench bench-scale gpu clean
+.PHONY: help demo test test-all test-virtual-gpu test-compiles test-interpreted test-triton-versions lint docs peers bench bench-scale gpu clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /'
@@ -18,13 +23,19 @@ test: .venv/dev lint ## lint, types, and tests of every engine, kernel and publi
 test-all: .venv/dev lint ## lint, types and all tests; a quarter of an hour
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
-test-virtual-gpu: .venv/dev ## kernel tests on an emulator of GPUs: VIRTUAL_GPU=folder of its pytest plugin `virtual_gpu`
-	for arch in $(ARCHS); do VIRTUAL_GPU=$$arch PYTHONPATH="$(abspath $(VIRTUAL_GPU))" \
-		$(BIN)/python -m pytest -n 2 -p virtual_gpu --kernels=driver tests/test_resident.py tests/test_dual.py tests/test_packs.py tests/test_primal.py tests/test_counted.py || exit; done
+test-virtual-gpu: .venv/dev $(TRITON:triton-%=.venv/triton-%) ## compiled kernels on an emulated GPU; ARCHS=sm_90 EMULATED="--races --sums=hardware" TRITON=triton-3.6.0
+	for arch in $(ARCHS); do $(WITH_TRITON) $(BIN)/python -m pytest -n 2 --dist=worksteal --kernels=$$arch $(EMULATED) \
+		$(KERNEL_TESTS) tests/test_emulated_kernels.py tests/test_counted.py || exit; done
 
-test-triton-versions: .venv/dev .venv/triton-3.6.0 .venv/triton-newest ## kernel tests under the oldest, pinned and newest Triton
-	for triton in triton-3.6.0 . triton-newest; do PYTHONPATH=.venv/$$triton TRITON_CACHE_DIR=.venv/cache/$$triton \
-		$(BIN)/python -m pytest -n 2 tests/test_resident.py tests/test_dual.py tests/test_packs.py tests/test_primal.py tests/test_interpreter.py || exit; done
+test-compiles: .venv/dev $(TRITON:triton-%=.venv/triton-%) ## every kernel that public calls launch compiles; TRITON=triton-3.6.0 or triton-newest
+	$(WITH_TRITON) $(BIN)/python -m pytest -n 2 tests/test_launches_compile.py
+
+test-triton-versions: ## kernel tests interpreted, compiled and emulated under the oldest, the pinned and the newest Triton
+	for triton in triton-3.6.0 . triton-newest; do \
+		$(MAKE) test-compiles test-virtual-gpu test-interpreted TRITON=$$triton || exit; done
+
+test-interpreted: .venv/dev $(TRITON:triton-%=.venv/triton-%)
+	$(WITH_TRITON) $(BIN)/python -m pytest -n 2 $(KERNEL_TESTS) tests/test_interpreter.py
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check

@@ -2,14 +2,12 @@
 
 python -m bench.counted [--save bench/results/counted.json]
 
-Counts are facts about compiled kernels, not times. The emulator is a Triton driver, the module `virtual_gpu`, found on
-PYTHONPATH.
+Counts are facts about compiled kernels, not times. The emulator is that of the tests, so this runs in a checkout.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +32,15 @@ CASES = (
 COLUMNS = ("instructions", "matrix", "barriers", "wavefronts", "sectors")
 
 
-def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
+def count(architecture: int, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
     """A row for each case and launch of a meta-step: what one program executes.
 
     Tasks fill two programs, which are laid out as for all tasks of the workload. Where a kernel is launched again, the
     row's name of it has a number.
     """
-    # Programs run one by one: side by side, those that take different branches confuse the emulator.
-    emulator.activate(arch=architecture, memory_stats=True, cta_batch=1)
+    from tests import virtual_gpu
+
+    virtual_gpu.activate(architecture, traffic=True)
     forget_device()
     rows = []
     for case in cases:
@@ -53,7 +52,7 @@ def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> li
                 config = meta.plan(workload.tasks, workload.shots, workload.queries).config
             tasks = 2 * getattr(config, "tasks", 1)
         batch = workload.batch(tasks=tasks)
-        with ff.override(engine=case.engine, config=config, packs=case.ragged), emulator.record() as launches:
+        with ff.override(engine=case.engine, config=config, packs=case.ragged), virtual_gpu.record() as launches:
             meta(*batch, **case.counts(tasks)).backward()
         about = {"workload": workload.name, "precision": case.precision, "target": f"sm_{architecture}"}
         names = [launch.name for launch in launches]
@@ -65,16 +64,16 @@ def count(architecture: int, emulator: Any, cases: Sequence[Case] = CASES) -> li
 
 
 def _row(launch: Any) -> dict[str, Any]:
-    profile = launch.profile
-    programs = profile.ctas
+    counts = launch.counts
+    programs = counts.programs
     return {
         "warps": launch.num_warps,
         # Of a warp; the others of a program, all its warps together.
-        "instructions": round(profile.instructions / programs / launch.num_warps),
-        "matrix": round(profile.mma / programs / launch.num_warps),
-        "barriers": round(profile.barriers / programs),
-        "wavefronts": round(profile.shared_wavefronts / programs),
-        "sectors": round(profile.global_sectors / programs),
+        "instructions": round(counts.instructions / programs / launch.num_warps),
+        "matrix": round(counts.matrix / programs / launch.num_warps),
+        "barriers": round(counts.barriers / programs),
+        "wavefronts": round(counts.shared_wavefronts / programs),
+        "sectors": round(counts.global_sectors / programs),
     }
 
 
@@ -95,8 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="keep the counts as JSON")
     options = parser.parse_args()
-    emulator = importlib.import_module("virtual_gpu")
-    rows = [row for architecture in ARCHITECTURES for row in count(architecture, emulator)]
+    rows = [row for architecture in ARCHITECTURES for row in count(architecture)]
     stored = {"triton": triton.__version__, "rows": rows}
     if options.save:
         save_json(options.save, stored)

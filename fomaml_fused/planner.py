@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from .native_plans import native_plan
 from .plans import LayerPlan, Override, Plan, overriding
 from .problem import Problem
 
+OLDEST_TRITON = (3, 6)
 BACKENDS = ("auto", "triton", "torch", "reference")
 # How a kernel multiplies: torch's names for float32 products, or the operands themselves.
 PRECISIONS = ("highest", "high", "medium", "ieee", "tf32x3", "tf32", "bf16", "fp16")
@@ -147,6 +149,12 @@ def _triton_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of a device; None where it can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
+    import triton
+
+    # Asked before anything imports a kernel, which an older Triton may fail to read.
+    if tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton is {triton.__version__}, and the kernels need {oldest} or newer"
     from .engines import launching
 
     return launching.obstacle(device)

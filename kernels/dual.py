@@ -238,6 +238,8 @@ def step_kernel(
                 b_gb += momentum * b_vb
             if SPEC.decay and not SPEC.decoupled:
                 b_gb += tl.load(p_inner + 1) * b_b
+            # Threads that hold copies of an element all read it before one of them writes it.
+            tl.debug_barrier()
             if SPEC.momentum:
                 tl.store(p_bias_velocity + o_b, b_gb, mask=o_out < OUT)
             if SPEC.nesterov:

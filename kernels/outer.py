@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import product_of_block
 from .spec import bias_offset, depth, features, outer_tiles, weight_offset, width
 
 
@@ -52,9 +52,11 @@ def product(p_x, p_d, unit, begin, end, o_in, o_out, IN: tl.constexpr, OUT: tl.c
         m_x = (o_r < end)[:, None] & (o_in < IN)[None, :]
         b_d = tl.load(p_d + o_r.to(tl.int64)[None, :] * OUT + o_out[:, None], mask=m_d, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + o_r.to(tl.int64)[:, None] * IN + o_in[None, :], mask=m_x, other=0.0).to(tl.float32)
-        b_w = dot(b_d, b_x, b_w, SPEC)
+        # Not into one accumulator: on sm_90, Triton would then copy the next tile over b_d while it is multiplied, for
+        # it gives tiles that `tl.sum` takes too no second place.
+        b_w += unit * product_of_block(b_d, b_x, SPEC)
         b_b += unit * tl.sum(b_d, 1)
-    return b_w * unit, b_b
+    return b_w, b_b
 
 
 @triton.jit(do_not_specialize=["N", "P", "T"])

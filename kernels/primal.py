@@ -427,6 +427,8 @@ def _follow(
             b_second = tl.load(p_second + o, mask=m, other=0.0)
         if SPEC.learns:
             b_sum = tl.load(p_directions + o, mask=m, other=0.0)
+        # Threads that hold copies of an element all read it before one of them writes it.
+        tl.debug_barrier()
     b_g, b_first, b_second = direction(b_p, b_g, b_first, b_second, p_inner, p_bounds, k, SPEC)
     tl.store(p_fast + o, b_p - b_rate * b_g, mask=m)
     if SPEC.momentum or SPEC.adam:

@@ -12,13 +12,23 @@ def dot(b_a, b_b, b_sum, SPEC: tl.constexpr):
     towards zero, so an accumulator that runs over many blocks loses accuracy with their number.
     """
     if SPEC.precision == "tf32x3":
-        b_ah, b_bh = _high(b_a), _high(b_b)
-        b_product = tl.dot(b_a - b_ah, b_bh, input_precision="tf32")
-        b_product = tl.dot(b_ah, b_b - b_bh, b_product, input_precision="tf32")
-        b_sum += tl.dot(b_ah, b_bh, b_product, input_precision="tf32")
+        b_sum += product_of_block(b_a, b_b, SPEC)
     else:
         b_sum = running_dot(b_a, b_b, b_sum, SPEC)
     return b_sum
+
+
+@triton.jit
+def product_of_block(b_a, b_b, SPEC: tl.constexpr):
+    """Return b_a @ b_b, with operands in the precision of SPEC and a float32 sum."""
+    if SPEC.precision == "tf32x3":
+        b_ah, b_bh = _high(b_a), _high(b_b)
+        b_product = tl.dot(b_a - b_ah, b_bh, input_precision="tf32")
+        b_product = tl.dot(b_ah, b_b - b_bh, b_product, input_precision="tf32")
+        b_product = tl.dot(b_ah, b_bh, b_product, input_precision="tf32")
+    else:
+        b_product = running_dot(b_a, b_b, tl.zeros([b_a.shape[0], b_b.shape[1]], tl.float32), SPEC)
+    return b_product
 
 
 @triton.jit

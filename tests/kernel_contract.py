@@ -30,7 +30,7 @@ from .cases import (
     relative_error,
     yardsticks,
 )
-from .on_kernels import by_kernels, in_precision, kernel_device, on_device
+from .on_kernels import allowance, by_kernels, in_precision, kernel_device, on_device
 
 # Elsewhere each case compiles its kernels; then single options go through all of them, the rest through one.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,7 +60,7 @@ def check(case: Case, precision: str = "highest", per_task: bool = True) -> None
         yardsticks(case, torch.float32) if precision in ("highest", "ieee", "tf32x3") else in_precision(case, precision)
     )
     actual = by_kernels(case, precision, per_task=per_task)
-    assert_no_worse_than_twice(actual, own, by_oracle(case, torch.float64))
+    assert_no_worse_than_twice(actual, own, by_oracle(case, torch.float64), allowance(case, precision))
 
 
 def check_tuning(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 import fomaml_fused as ff
 from fomaml_fused.batch import Sizes, Support
-from fomaml_fused.planner import make_plan
+from fomaml_fused.planner import forget_plans, make_plan
 from fomaml_fused.plans import MEMORY_BOUND
 
 from .cases import flat
@@ -289,6 +290,42 @@ def test_shared_memory_that_a_device_lacks_is_known_before_compiling(monkeypatch
     monkeypatch.setattr(launching, "shared_memory", lambda device: 10_000)
     with pytest.warns(UserWarning, match=r"(about [\d,]+ bytes of shared memory, and a program has 10,000.*){3}"):
         assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "batched"
+
+
+@pytest.mark.parametrize(("version", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1a2b3c", True)])
+def test_an_old_triton_is_named(version: str, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    forget_plans()
+    try:
+        if runs:
+            assert plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton").engine == "resident"
+        else:
+            with pytest.raises(RuntimeError, match=r"Triton is 3\.5\.1, and the kernels need 3\.6 or newer\. Move"):
+                plan(mlp(1, 40, 40, 1), 26, 10, 10, backend="triton")
+    finally:
+        forget_plans()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "obstacle"), [(75, "the GPU is an sm_75, and .* an sm_80 or newer"), (80, None)]
+)
+def test_a_gpu_without_the_matrix_instructions_is_named(
+    architecture: int, obstacle: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels would be scalar code with thousands of spilled words; "auto" takes torch ops and says why."""
+    import triton
+
+    from fomaml_fused.engines import launching
+
+    driver = Mock()
+    driver.get_active_torch_device.return_value = torch.device("cpu")
+    driver.get_current_target.return_value = Mock(backend="cuda", arch=architecture)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    found = launching.obstacle(torch.device("cpu"))
+    assert found is None if obstacle is None else re.fullmatch(obstacle, str(found))
 
 
 @pytest.mark.processes

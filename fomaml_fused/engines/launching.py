@@ -29,6 +29,7 @@ from .losses import TaskLoss, task_loss
 # The ordered reduction: rows and columns of a tile of gradients, losses at a time, and how it is launched.
 REDUCTION = {"ROWS": 16, "BLOCK": 64, "LOSSES": 512}
 REDUCTION_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+OLDEST_CUDA = 80  # those before have no matrix instructions for tf32 and bf16, and spill thousands of words
 INTERPRETED_MULTIPROCESSORS = 2  # few, so that programs walk over tasks and samples as they do on a device
 
 
@@ -42,6 +43,10 @@ def obstacle(device: torch.device) -> str | None:
         return f"Triton finds no driver ({error})"
     if served.type != device.type:
         return f"Triton's active driver serves {served.type} tensors"
+    with on_device(device):
+        backend, architecture = target()
+    if backend == "cuda" and int(architecture) < OLDEST_CUDA:
+        return f"the GPU is an sm_{architecture}, and the kernels need an sm_{OLDEST_CUDA} or newer"
     return None
 
 

@@ -166,6 +166,10 @@ class VirtualDriver(DriverBase):  # type: ignore[misc]
         self.properties = {**dict(zip(PROPERTIES, DEVICES[architecture], strict=True)), "max_num_regs": 65_536}
         self.properties["warpSize"] = 32
 
+    @property
+    def hardware_sums(self) -> bool:
+        return _options.hardware_sums
+
     @classmethod
     def is_active(cls) -> bool:
         return True

@@ -300,7 +300,11 @@ def _ld(writer: BlockWriter, instruction: Instruction) -> None:
     width, space = bits_of(kind), _space(instruction)
     if space == "param":
         name = source.strip("[] ")
-        writer.write(instruction, to, f"parameters[{name!r}]")
+        if all(parameter.name != name for parameter in writer.program.parameters):
+            raise KernelError(f"the parameter {name} is not modelled")
+        # It may be wider than what is loaded of it.
+        value = f"parameters[{name!r}].astype(UNSIGNED[{width}])"
+        writer.write(instruction, to, _extended(writer, to, value, width, kind[0] == "s"))
         return
     names = vector(to)
     place = f"{space!r}, {writer.address(source)}, {width // 8}, {len(names)}"

@@ -191,8 +191,11 @@ class Memory:
         outside = (number != known) | (offset < self.starts[known]) | (offset + size > self.ends[known])
         if outside.any():
             first = int(outside.argmax())
-            buffer = self.buffers[int(known[first])]
-            near = int(at[first]) - self.address(int(known[first])) - buffer.start
+            # Before the start of a tensor is nearer to it than to the one before.
+            nearest = ((int(at[first]) + (1 << STRETCH - 1)) >> STRETCH) - FIRST
+            nearest = min(max(nearest, 0), len(self.buffers) - 1)
+            buffer = self.buffers[nearest]
+            near = int(at[first]) - self.address(nearest) - buffer.start
             raise KernelError(
                 f"{where}: out-of-bounds global {what} of {size} bytes, at byte {near:,} of {buffer.name}, which has "
                 f"{buffer.end - buffer.start:,}; program {self.threads.numbers[self.threads.program[first]]}"

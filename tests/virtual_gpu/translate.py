@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +49,9 @@ class Translation:
         """A block, to be called with a machine and a mask of threads."""
         if (block, masked) not in self._functions:
             source = BlockWriter(self, block, masked).source()
-            space: dict[str, Any] = {}
-            exec(compile(source, f"<{self.program.name}, block {block}>", "exec"), NAMESPACE, space)
+            file, space = f"<{self.program.name}, block {block}{', masked' if masked else ''}>", dict[str, Any]()
+            linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+            exec(compile(source, file, "exec"), NAMESPACE, space)
             self._functions[block, masked] = space["block"]
         return self._functions[block, masked]
 
