@@ -56,8 +56,7 @@ bench-scale: .venv/dev ## how time and memory grow over tasks, shots, width and 
 	$(BIN)/python -m bench.scale --save build/bench/scale.json --figures build/bench
 	$(BIN)/python -m bench.profile_steps --save build/bench/profile.json
 
-gpu: ## test and time the kernels on this machine's GPU, with its own Python and no download; results go to OUT
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+gpu: ## test and time the kernels on this machine's GPU, with its own Python and no installation; results go to OUT
 	$(PYTHON) -m bench.gpu --out "$${OUT:-bench/results}"
 
 clean: ## remove what the other targets made

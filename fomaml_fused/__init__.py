@@ -1,5 +1,11 @@
 """First-order MAML for multi-layer perceptrons at the speed of the hardware."""
 
+from pathlib import Path
+
+# A checkout that is not installed has its kernels beside this folder.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import compat, diagnostics, reference, tasks
 from .adapted import AdaptedMLP
 from .module import FOMAML

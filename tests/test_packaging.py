@@ -150,3 +150,15 @@ def test_imports_go_one_way() -> None:
                 continue
             target = words[1].lstrip(".").split(".")[0] or words[3].rstrip(",")
             assert rank[target] <= rank[room], f"{path.name} imports {target}"
+
+
+def test_a_checkout_is_imported_without_being_installed() -> None:
+    """As `make gpu` does, whose machine may have no setuptools that builds this."""
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import fomaml_fused, fomaml_fused.kernels.configuration as configuration
+print(configuration.__file__, configuration.configuration("cuda-90", "resident", 64).warps)
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(ROOT / "kernels" / "configuration.py"))
