@@ -126,7 +126,7 @@ def test_long_sums_are_accurate_as_tensor_cores_add(emulated: int) -> None:
     for running in (False, True):
         out = torch.empty(32, 32)
         with virtual_gpu.changed(hardware_sums=True, races=False):
-            product_kernel[(1,)](a, b, out, 1024, running, Spec("tf32x3"), num_warps=4)
+            product_kernel[(1,)](a, b, out, 1024, running, Spec("tf32x3"), num_warps=4, enable_fp_fusion=True)
         errors.append(((out.double() - exact).norm() / exact.norm()).item())
     assert errors[0] < 2.5e-7
     assert errors[1] > 2e-6
