@@ -18,7 +18,6 @@ import triton
 import fomaml_fused as ff
 from fomaml_fused.train.files import save_json
 
-from .compile_only import forget_device
 from .compiled import Case
 from .workloads import WORKLOADS
 
@@ -33,15 +32,13 @@ COLUMNS = ("instructions", "matrix", "barriers", "wavefronts", "sectors")
 
 
 def count(architecture: int, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
-    """A row for each case and launch of a meta-step: what one program executes.
+    """A row for each case and launch of a meta-step: what one program executes on the emulator, which is active.
 
     Tasks fill two programs, which are laid out as for all tasks of the workload. Where a kernel is launched again, the
     row's name of it has a number.
     """
     from tests import virtual_gpu
 
-    virtual_gpu.activate(architecture, traffic=True)
-    forget_device()
     rows = []
     for case in cases:
         workload, meta = case.workload, case.meta()
@@ -94,7 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="keep the counts as JSON")
     options = parser.parse_args()
-    rows = [row for architecture in ARCHITECTURES for row in count(architecture)]
+    from tests import virtual_gpu
+
+    rows = []
+    for architecture in ARCHITECTURES:
+        virtual_gpu.activate(architecture, traffic=True)
+        rows += count(architecture)
     stored = {"triton": triton.__version__, "rows": rows}
     if options.save:
         save_json(options.save, stored)

@@ -278,8 +278,11 @@ def yardsticks(case: Case, dtype: torch.dtype) -> list[Solution]:
     return [by_oracle(replace(case, jitter=jitter), dtype) for jitter in range(4)]
 
 
+ALLOWANCE = 1e-6  # relative error of an engine, beside twice torch's own
+
+
 def assert_no_worse_than_twice(
-    actual: Solution, own: Sequence[Solution], expected: Solution, allowance: float = 1e-6
+    actual: Solution, own: Sequence[Solution], expected: Solution, allowance: float = ALLOWANCE
 ) -> None:
     """Every error at most twice torch's own in the same dtype, plus an allowance.
 

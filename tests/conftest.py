@@ -76,3 +76,12 @@ def _poisoned_and_seeded() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def emulated(request: pytest.FixtureRequest) -> int:
+    """The architecture of the emulated GPU; a test that needs one is skipped without."""
+    where: str = request.config.getoption("--kernels")
+    if not where.startswith("sm_"):
+        pytest.skip("kernels are not emulated")
+    return int(where[3:])

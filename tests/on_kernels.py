@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cases import Case, Solution
+from .cases import ALLOWANCE, Case, Solution
 
 
 def kernel_device() -> torch.device:
@@ -41,7 +41,7 @@ def allowance(case: Case, precision: str) -> float:
         meta = case.meta(case.model(torch.float32).to(kernel_device()), "triton", precision=precision)
         if meta.plan(case.tasks, case.shots, case.queries).engine == "resident":
             return 5e-6
-    return 1e-6
+    return ALLOWANCE
 
 
 def on_device(case: Case) -> dict[str, Any]:

@@ -13,26 +13,17 @@ triton = pytest.importorskip("triton")
 STORED = json.loads((Path(__file__).parent.parent / "bench" / "results" / "counted.json").read_text())
 
 
-def test_counts_stay_within_a_tenth_of_the_stored_ones(request: pytest.FixtureRequest) -> None:
-    target = request.config.getoption("--kernels")
-    if not target.startswith("sm_"):
-        pytest.skip("kernels are not emulated")
+def test_counts_stay_within_a_tenth_of_the_stored_ones(emulated: int) -> None:
     from bench.counted import CASES, COLUMNS, count
 
     if triton.__version__ != STORED["triton"]:
         pytest.skip(f"the counts are of triton {STORED['triton']}, this is {triton.__version__}")
     # Of the dual kernels the cheapest cases, for they take the emulator long.
     cases = [c for c in CASES if c.engine != "dual" or (str(c.workload).endswith("crowd") and c.precision == "tf32")]
-    counted = {(str(case.workload), case.precision, target) for case in cases}
+    counted = {(str(case.workload), case.precision, f"sm_{emulated}") for case in cases}
     stored = [row for row in STORED["rows"] if (row["workload"], row["precision"], row["target"]) in counted]
-    options = {
-        "races": request.config.getoption("--races"),
-        "hardware_sums": request.config.getoption("--sums") == "hardware",
-    }
-    try:
-        rows = count(int(target[3:]), cases)
-    finally:
-        virtual_gpu.activate(int(target[3:]), **options)
+    with virtual_gpu.changed(traffic=True, races=False):
+        rows = count(emulated, cases)
     assert [(row["workload"], row["precision"], row["kernel"]) for row in rows] == [
         (row["workload"], row["precision"], row["kernel"]) for row in stored
     ]

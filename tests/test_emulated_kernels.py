@@ -22,13 +22,11 @@ import triton.language as tl
 from fomaml_fused.kernels.products import dot, running_dot
 
 import fomaml_fused as ff
-from bench.compile_only import forget_device
 
 from . import virtual_gpu
 from .virtual_gpu import KernelError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_emulator = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
 
 if INTERPRETED:
 
@@ -43,14 +41,10 @@ if INTERPRETED:
 
 
 @pytest.fixture
-def emulated(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The architecture that is emulated, watched for races."""
-    target = request.config.getoption("--kernels")
-    if not target.startswith("sm_"):
-        pytest.skip("kernels are not emulated")
-    forget_device()
+def watched(emulated: int) -> Iterator[None]:
+    """On the emulator, which watches for races."""
     with virtual_gpu.changed(races=True):
-        yield int(target[3:])
+        yield
 
 
 def step(engine: str, width: int) -> None:
@@ -71,9 +65,8 @@ DELETED = {
 }
 
 
-@needs_emulator
 @pytest.mark.parametrize("deleted", DELETED)
-def test_what_is_deleted_from_a_kernel_is_missed(emulated: int, deleted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_deleted_from_a_kernel_is_missed(watched: None, deleted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, width, name, instruction, needed = DELETED[deleted]
     launch, kernels = virtual_gpu.launch, []
 
@@ -111,13 +104,11 @@ def product_kernel(p_a, p_b, p_out, K, RUNNING: tl.constexpr, SPEC: tl.constexpr
     tl.store(p_out + o_i[:, None] * 32 + o_i[None, :], b_sum)
 
 
-@needs_emulator
-def test_the_outer_product_waits_before_the_next_tile_is_copied(emulated: int) -> None:
+def test_the_outer_product_waits_before_the_next_tile_is_copied(watched: None) -> None:
     """On sm_90, Triton lets a product run on that is summed into one accumulator, over a tile that it has once."""
     step("dual", 70)
 
 
-@needs_emulator
 def test_long_sums_are_accurate_as_tensor_cores_add(emulated: int) -> None:
     """tf32x3 keeps a float32's accuracy at any length; with one accumulator for all it loses it."""
     a, b = torch.randn(32, 1024), torch.randn(1024, 32)

@@ -9,8 +9,8 @@
 """
 
 from .counts import Counts
-from .driver import DEVICES, Launch, activate, changed, record
+from .driver import ARCHITECTURES, Launch, activate, changed, record
 from .faults import KernelError
 from .launch import Options, launch
 
-__all__ = ["DEVICES", "Counts", "KernelError", "Launch", "Options", "activate", "changed", "launch", "record"]
+__all__ = ["ARCHITECTURES", "Counts", "KernelError", "Launch", "Options", "activate", "changed", "launch", "record"]

@@ -17,23 +17,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.driver import ty_to_cpp
+
+from bench.compile_only import Driver, forget_device
 
 from .counts import Counts
 from .faults import KernelError
 from .launch import Options, launch
 
-# Bytes of shared memory of a program, multiprocessors, clocks of those and of memory in kHz, bits of the memory bus: of
-# an A100, an RTX 3090, an RTX 4090 and an H100.
-DEVICES = {
-    80: (166_912, 108, 1_410_000, 1_215_000, 5120),
-    86: (101_376, 82, 1_695_000, 9_751_000, 384),
-    89: (101_376, 128, 2_520_000, 10_501_000, 384),
-    90: (232_448, 132, 1_980_000, 2_619_000, 5120),
-}
-PROPERTIES = ("max_shared_mem", "multiprocessor_count", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
+ARCHITECTURES = (80, 86, 89, 90)  # that are modelled
 LARGEST_GRID = (2**31 - 1, 65_535, 65_535)
 
 
@@ -53,15 +45,19 @@ _files: dict[str, Path] = {}  # of the kernel that is loaded, by suffix
 
 
 def activate(architecture: int, **options: bool) -> None:
-    """Make the emulator Triton's device: `architecture` of `DEVICES`, `options` of `Options`.
+    """Make the emulator Triton's device: one of `ARCHITECTURES`, with `Options`.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so that kernels would not be compiled.
+        ValueError: the architecture is not modelled.
     """
     global _options
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"the architecture is {architecture}; the emulator takes {', '.join(map(str, ARCHITECTURES))}")
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted; unset it to emulate compiled ones")
     triton.runtime.driver.set_active(VirtualDriver(architecture))
+    forget_device()
     triton.knobs.runtime.kernel_load_start_hook.add(_note_files)
     _options = Options(**options)
 
@@ -157,37 +153,22 @@ class _Launcher:
             exit_hook(launch_metadata)
 
 
-class VirtualDriver(DriverBase):  # type: ignore[misc]
+class VirtualDriver(Driver):
+    """The driver that compiles without a GPU, and launches on the emulator."""
+
     launcher_cls = _Launcher
     map_python_to_cpp_type = staticmethod(ty_to_cpp)
 
     def __init__(self, architecture: int):
-        self.architecture, self.utils = architecture, self
-        self.properties = {**dict(zip(PROPERTIES, DEVICES[architecture], strict=True)), "max_num_regs": 65_536}
-        self.properties["warpSize"] = 32
+        super().__init__(f"sm_{architecture}")
+        self.architecture = architecture
 
     @property
     def hardware_sums(self) -> bool:
         return _options.hardware_sums
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture  # kernels are kept by device, and each architecture has its own
-
-    def set_current_device(self, device: int) -> None:
+    def set_current_device(self, device: str) -> None:
         pass
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
     def get_device_interface(self) -> ModuleType:
         return torch.cpu
@@ -199,11 +180,8 @@ class VirtualDriver(DriverBase):  # type: ignore[misc]
 
         return benchmark
 
-    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+    def get_device_capability(self, device: str | None = None) -> tuple[int, int]:
         return divmod(self.architecture, 10)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self.properties
 
     def unload_module(self, module: Any) -> None:
         pass
@@ -211,7 +189,7 @@ class VirtualDriver(DriverBase):  # type: ignore[misc]
     def __deepcopy__(self, memo: Any) -> VirtualDriver:
         return self
 
-    def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[object, str, int, int, int]:
+    def load_binary(self, name: str, code: bytes, shared: int, device: str) -> tuple[object, str, int, int, int]:
         """Module, function (here its PTX), registers, spilled words and the most threads of a block, as from CUDA."""
         if ".ptx" not in _files:
             raise RuntimeError(f"{name}: there is no PTX beside the machine code (TRITON_STORE_BINARY_ONLY is set?)")

@@ -130,25 +130,29 @@ def _cvt(writer: BlockWriter, instruction: Instruction) -> None:
             writer.write(instruction, to, _extended(writer, to, whole, width, signed))
             return
         if rounding.endswith("i"):
-            value = f"np.{ {'rni': 'rint', 'rmi': 'floor', 'rpi': 'ceil', 'rzi': 'trunc'}[rounding] }({value})"
-        if target in ("bf16", "f16"):
-            writer.write(instruction, to, f"to_half({value}.astype(np.float32), {target!r})")
-        else:
-            writer.write(instruction, to, f"{value}.astype(np.float{bits_of(target)})", "f")
+            value = f"ROUNDINGS[{rounding!r}]({value})"
+        _write_real(writer, instruction, value, target)
 
 
 def _rectified(value: str, words: set[str]) -> str:
     return f"np.fmax({value}, 0)" if "relu" in words else value
 
 
+def _write_real(writer: BlockWriter, instruction: Instruction, value: str, target: str) -> None:
+    """Set the first operand to numbers as floating-point ones of a type."""
+    to = instruction.operands[0]
+    if target in ("bf16", "f16"):
+        writer.write(instruction, to, f"to_half({value}.astype(np.float32), {target!r})")
+    else:
+        writer.write(instruction, to, f"{value}.astype(np.float{bits_of(target)})", "f")
+
+
 def _from_integer(writer: BlockWriter, instruction: Instruction, target: str, source: str) -> None:
     to, name = instruction.operands
     width, signed = bits_of(source), source[0] == "s"
     value = writer.read(name, "i" if signed else "u", width)
-    if target in ("f32", "f64"):
-        writer.write(instruction, to, f"{value}.astype(np.float{bits_of(target)})", "f")
-    elif target in ("bf16", "f16"):
-        writer.write(instruction, to, f"to_half({value}.astype(np.float32), {target!r})")
+    if target in ("f16", "bf16", "f32", "f64"):
+        _write_real(writer, instruction, value, target)
     else:
         narrow = bits_of(target)
         found = f"resized(unsigned({value}), {narrow}, {signed})"
@@ -243,13 +247,11 @@ def _extremum(base: str, instruction: Instruction) -> str:
 
 
 def _fma(writer: BlockWriter, instruction: Instruction) -> None:
+    """Of float32 numbers in float64, rounded once; twice in rare ties."""
     to, *operands = instruction.operands
-    if types_of(instruction)[-1] == "f32":
-        a, b, c = (writer.read(operand, "d", 32) for operand in operands)
-        writer.write(instruction, to, f"fused({a}, {b}, {c})", "f")
-    else:
-        a, b, c = (writer.read(operand, "f", 64) for operand in operands)
-        writer.write(instruction, to, f"{a} * {b} + {c}", "f")
+    single = types_of(instruction)[-1] == "f32"
+    values = ", ".join(writer.read(operand, *("d", 32) if single else ("f", 64)) for operand in operands)
+    writer.write(instruction, to, f"multiply_add({values})" + (".astype(np.float32)" if single else ""), "f")
 
 
 def _product(writer: BlockWriter, instruction: Instruction, kind: str) -> str:

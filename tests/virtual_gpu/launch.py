@@ -16,7 +16,7 @@ from . import blocks
 from .counts import Counts
 from .faults import KernelError
 from .matrix import MatrixUnits
-from .memory import Buffer, Memory, Threads
+from .memory import Buffer, Memory, Threads, address
 from .parse import Program, parse
 from .registers import FLOAT, UNSIGNED, Array
 from .translate import Translation
@@ -57,9 +57,18 @@ class Machine:
         K: constants.
         special: special registers (PTX ISA, chapter 10).
         parameters: of the kernel.
+        memory, warps, units: what instructions call.
     """
 
-    def __init__(self, translated: Translation, threads: Threads, grid: tuple[int, int, int], values: dict[str, Any]):
+    def __init__(
+        self,
+        translated: Translation,
+        threads: Threads,
+        grid: tuple[int, int, int],
+        values: dict[str, Any],
+        memory: Memory,
+        hardware_sums: bool,
+    ):
         self.translated, self.threads = translated, threads
         count = threads.count
 
@@ -85,18 +94,14 @@ class Machine:
             **{f"%nctaid.{axis}": every(size) for axis, size in zip("xyz", grid, strict=True)},
             **{f"%{name}.{axis}": every(name == "ntid") for name in ("tid", "ntid") for axis in "yz"},
         }
-        self.memory: Memory
-        self.warps: Warps
-        self.units: MatrixUnits
+        memory.start(threads)
+        self.memory, self.warps = memory, Warps(threads)
+        self.units = MatrixUnits(threads, memory, hardware_sums)
 
     def block(self, number: int, masked: bool) -> blocks.Translated:
         function = self.translated.function(number, masked)
-        for kind, value in self.translated.constants[len(self.K) :]:
-            if kind in (np.bool_, np.float64) and isinstance(value, (bool, float)):
-                self.K.append(np.full(self.threads.count, value))
-            else:
-                bits = UNSIGNED[8 * np.dtype(kind).itemsize]
-                self.K.append(np.full(self.threads.count, value, bits).view(kind))
+        new = self.translated.constants[len(self.K) :]
+        self.K += [np.full(self.threads.count, value) for value in new]
         return lambda mask: function(self, mask)
 
 
@@ -125,27 +130,23 @@ def launch(
     buffers, values = _arguments(program, arguments)
     counts = Counts()
     memory = Memory(buffers, program.static_shared + shared_size, options.races, options.traffic, counts)
-    for name, (number, offset) in [(name, value) for name, value in values.items() if isinstance(value, tuple)]:
-        values[name] = np.uint64(memory.address(number) + offset)
     executed = np.zeros(len(translated.blocks.bounds), np.int64)
     together = 1 if options.races else max(1, SIDE_BY_SIDE // threads)
     programs = range(grid[0] * grid[1] * grid[2])
+
+    def arrived(number: int) -> None:
+        counts.barriers += number
+        memory.barrier()
+
+    def execute(block: int, mask: Array | None) -> None:
+        warp = memory.threads.warp
+        executed[block] += warp[-1] + 1 if mask is None else len(np.unique(warp[mask]))
+
     try:
         with np.errstate(all="ignore"):
             for first in range(0, len(programs), together):
                 side_by_side = Threads(threads, list(programs[first : first + together]))
-                machine = Machine(translated, side_by_side, grid, values)
-                memory.start(side_by_side)
-                machine.memory, machine.warps = memory, Warps(side_by_side)
-                machine.units = MatrixUnits(side_by_side, memory, options.hardware_sums)
-
-                def arrived(number: int) -> None:
-                    counts.barriers += number
-                    memory.barrier()
-
-                def execute(block: int, mask: Array | None, warp: Array = side_by_side.warp) -> None:
-                    executed[block] += warp[-1] + 1 if mask is None else len(np.unique(warp[mask]))
-
+                machine = Machine(translated, side_by_side, grid, values, memory, options.hardware_sums)
                 blocks.run(translated.blocks, machine.block, side_by_side.program, arrived, execute)
     finally:
         memory.finish()
@@ -157,7 +158,7 @@ def launch(
 
 
 def _arguments(program: Program, arguments: list[tuple[str, Any]]) -> tuple[list[Buffer], dict[str, Any]]:
-    """Buffers of the tensors, and each parameter's value: bits, or the number of a buffer and an offset.
+    """Buffers of the tensors, and the bits of each parameter.
 
     Parameters that Triton adds for scratch memory are 0, for no kernel of ours has any.
     """
@@ -175,9 +176,9 @@ def _arguments(program: Program, arguments: list[tuple[str, Any]]) -> tuple[list
             if storage.data_ptr() not in numbers:
                 numbers[storage.data_ptr()] = len(buffers)
                 data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-                buffers.append(Buffer(data, 0, len(data), name))
+                buffers.append(Buffer(data, name))
             offset = value.storage_offset() * value.element_size()
-            values[parameter.name] = (numbers[storage.data_ptr()], offset)
+            values[parameter.name] = np.uint64(address(numbers[storage.data_ptr()]) + offset)
         elif isinstance(value, float) or parameter.kind == "f":
             values[parameter.name] = np.array(value, FLOAT[parameter.bits]).view(UNSIGNED[parameter.bits])[()]
         else:

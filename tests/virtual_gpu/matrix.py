@@ -101,23 +101,12 @@ class MatrixUnits:
     def mma(self, shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
         """Registers of A @ B + C."""
         rows, columns, depth = _sizes(shape)
-        in_register = 1 if kind == "tf32" else 2
-        side = 4 * in_register  # columns of eight rows in a register of a warp
+        side = _side(kind)
         if (rows, columns) != (16, 8) or len(a) != 2 * depth // side or len(b) != depth // side:
             raise KernelError(f"a product of the shape {shape} is not modelled")
-        left = np.empty((self.threads.count // 32, 16, depth))
-        right = np.empty((self.threads.count // 32, depth, 8))
-        for i, register in enumerate(a):
-            top, start = 8 * (i % 2), side * (i // 2)
-            left[:, top : top + 8, start : start + side] = _tile(register, kind, side)
-        for i, register in enumerate(b):
-            right[:, side * i : side * (i + 1)] = _tile(register, kind, side).transpose(0, 2, 1)
-        sums = np.empty((self.threads.count // 32, 16, 8))
-        halves = [(slice(None), slice(8 * (i // 2), 8 * (i // 2) + 8), slice(i % 2, None, 2)) for i in range(4)]
-        for half, register in zip(halves, c, strict=True):
-            sums[half] = register.view(np.float32).reshape(-1, 8, 4)
-        result = summed(left, right, sums, self.hardware)
-        return [np.ascontiguousarray(result[half]).reshape(-1).view(np.uint32) for half in halves]
+        right = np.concatenate([_tile(register, kind) for register in b], 2).transpose(0, 2, 1)
+        sums = _gathered([register.view(np.float32) for register in c], columns)
+        return _registers(summed(_left(a, kind), right, sums, self.hardware))
 
     # Products of four warps (PTX ISA 9.7.15)
 
@@ -152,31 +141,14 @@ class MatrixUnits:
         if len(flags) > 2:
             transposed = [len(flags) == 4 and bool(flags[2]), bool(flags[-1])]
         if isinstance(a, list):
-            fragments = np.empty((groups, 4, 16, depth))
-            for i, register in enumerate(a):
-                top, start = 8 * (i % 2), depth // 2 * (i // 2)
-                tile = _tile(register, kind, depth // 2).reshape(groups, 4, 8, depth // 2)
-                fragments[:, :, top : top + 8, start : start + depth // 2] = tile
-            left = fragments.reshape(groups, 64, depth)
+            left = _left(a, kind).reshape(groups, 64, depth)
         else:
             left = numbers(self._tile(a, 64, depth, size, transposed[0], True, active, where), kind)
         right = numbers(self._tile(b, columns, depth, size, transposed[1], False, active, where), kind)
-        sums = np.zeros((groups, 4, 16, columns))
-        place = [
-            (
-                slice(None),
-                slice(None),
-                slice(8 * (i % 4 // 2), 8 * (i % 4 // 2) + 8),
-                slice(8 * (i // 4) + i % 2, 8 * (i // 4) + 8, 2),
-            )
-            for i in range(len(c))
-        ]
-        for at, register in zip(place, c, strict=True):
-            sums[at] = np.where(adds, register.view(np.float32), np.float32(0)).reshape(groups, 4, 8, 4)
-        product = summed(
-            left * (flags[0] * flags[1]), right.transpose(0, 2, 1), sums.reshape(groups, 64, columns), self.hardware
-        ).reshape(groups, 4, 16, columns)
-        return [np.ascontiguousarray(product[at]).reshape(-1).view(np.uint32) for at in place]
+        sums = _gathered([np.where(adds, register.view(np.float32), np.float32(0)) for register in c], columns)
+        signs = flags[0] * flags[1]
+        product = summed(left * signs, right.transpose(0, 2, 1), sums.reshape(groups, 64, columns), self.hardware)
+        return _registers(product.reshape(-1, 16, columns))
 
     def commit(self) -> None:
         """End a group of multiplications."""
@@ -255,7 +227,41 @@ def _sizes(shape: str) -> tuple[int, int, int]:
     return rows, columns, depth
 
 
-def _tile(register: Array, kind: str, side: int) -> Array:
+def _side(kind: str) -> int:
+    """Columns of eight rows that a register of a warp holds, four lanes a row."""
+    return 4 if kind == "tf32" else 8
+
+
+def _tile(register: Array, kind: str) -> Array:
     """Eight rows of a warp's register, [warps, 8, side]."""
     bits = register if kind == "tf32" else register.view(np.uint16)
-    return numbers(bits, kind).reshape(-1, 8, side)
+    return numbers(bits, kind).reshape(-1, 8, _side(kind))
+
+
+def _left(registers: list[Array], kind: str) -> Array:
+    """The operand A of warps in registers, [warps, 16, depth]: upper and lower eight rows in turn."""
+    halves = [np.concatenate([_tile(register, kind) for register in registers[i::2]], 2) for i in (0, 1)]
+    return np.concatenate(halves, 1)
+
+
+def _places(columns: int) -> list[tuple[slice, slice, slice]]:
+    """Where each register of sums lies in [warps, 16, columns]: every other column of eight rows and columns."""
+    return [
+        (slice(None), slice(row, row + 8), slice(start + odd, start + 8, 2))
+        for start in range(0, columns, 8)
+        for row in (0, 8)
+        for odd in (0, 1)
+    ]
+
+
+def _gathered(registers: list[Array], columns: int) -> Array:
+    """Sums in registers, as float64 [warps, 16, columns]."""
+    sums = np.empty((len(registers[0]) // 32, 16, columns))
+    for place, register in zip(_places(columns), registers, strict=True):
+        sums[place] = register.reshape(-1, 8, 4)
+    return sums
+
+
+def _registers(sums: Array) -> list[Array]:
+    """The opposite of `_gathered`, of float32 numbers."""
+    return [np.ascontiguousarray(sums[place]).reshape(-1).view(np.uint32) for place in _places(sums.shape[2])]

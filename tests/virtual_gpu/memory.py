@@ -20,6 +20,11 @@ STRETCH = 36  # bits of an address within a tensor
 FIRST = 0x1000  # number of the first tensor in an address
 
 
+def address(buffer: int) -> int:
+    """Where a buffer's storage begins, by its number."""
+    return (FIRST + buffer) << STRETCH
+
+
 @dataclass
 class Threads:
     """The threads of the programs that run side by side.
@@ -48,14 +53,11 @@ class Buffer:
     """A tensor's storage in global memory.
 
     Attributes:
-        data: its bytes.
-        start, end: of those that may be accessed.
+        data: its bytes; all of them may be accessed.
         name: of the kernel's argument.
     """
 
     data: Array
-    start: int
-    end: int
     name: str
 
 
@@ -72,11 +74,10 @@ class Access:
 
 @dataclass
 class _Copy:
-    """A copy of `cp.async` that has not landed: of whom, to where, of how many bytes, and in which group of each."""
+    """A copy of `cp.async` that has not landed: of whom, to where, and in which group of each."""
 
     pending: Array
     offsets: Array
-    size: int
     values: Array
     group: Array
     where: str
@@ -99,16 +100,11 @@ class Memory:
         self.data = {"global": np.zeros(max(256, sum(sizes)), np.uint8)}
         for place, buffer in zip(self.places, buffers, strict=True):
             self.data["global"][place : place + len(buffer.data)] = buffer.data
-        self.starts = np.array([buffer.start for buffer in buffers], np.int64)
-        self.ends = np.array([buffer.end for buffer in buffers], np.int64)
+        self.sizes = np.array([len(buffer.data) for buffer in buffers], np.int64)
         self.shared_stride = max(16, -(-shared_size // 16) * 16)
         self.shadows: dict[str, Shadow] = {}
         if races:
             self.shadows["global"] = Shadow("global", len(self.data["global"]), shared_by_programs=True)
-
-    def address(self, buffer: int) -> int:
-        """Where a buffer's storage begins."""
-        return (FIRST + buffer) << STRETCH
 
     def start(self, threads: Threads) -> None:
         """Programs begin, with nothing in their shared memory."""
@@ -188,17 +184,17 @@ class Memory:
         number = (at >> STRETCH) - FIRST
         offset = at & ((1 << STRETCH) - 1)
         known = np.clip(number, 0, len(self.buffers) - 1)
-        outside = (number != known) | (offset < self.starts[known]) | (offset + size > self.ends[known])
+        outside = (number != known) | (offset + size > self.sizes[known])
         if outside.any():
             first = int(outside.argmax())
             # Before the start of a tensor is nearer to it than to the one before.
             nearest = ((int(at[first]) + (1 << STRETCH - 1)) >> STRETCH) - FIRST
             nearest = min(max(nearest, 0), len(self.buffers) - 1)
             buffer = self.buffers[nearest]
-            near = int(at[first]) - self.address(nearest) - buffer.start
+            near = int(at[first]) - address(nearest)
             raise KernelError(
                 f"{where}: out-of-bounds global {what} of {size} bytes, at byte {near:,} of {buffer.name}, which has "
-                f"{buffer.end - buffer.start:,}; program {self.threads.numbers[self.threads.program[first]]}"
+                f"{len(buffer.data):,}; program {self.threads.numbers[self.threads.program[first]]}"
             )
         return self.places[known] + offset
 
@@ -256,17 +252,16 @@ class Memory:
         if access is None:
             return
         active = np.ones(self.threads.count, bool) if access.mask is None else access.mask
-        rows = np.zeros((self.threads.count, size), np.uint8)
+        given = active
         if taken is not None:
             if not np.isin(taken[active], (0, size)).all():
                 raise KernelError(f"{where}: a copy of a part of {size} bytes is not modelled")
-            active = active & (taken == size)
+            given = active & (taken == size)
         word = min(size, 8)
-        values = self.load("global", source, word, size // word, active, where)
-        rows = np.where(active[:, None], np.stack(values, 1).view(np.uint8).reshape(-1, size), np.uint8(0))
-        active = np.ones(self.threads.count, bool) if access.mask is None else access.mask
+        values = self.load("global", source, word, size // word, given, where)
+        rows = np.where(given[:, None], np.stack(values, 1).view(np.uint8).reshape(-1, size), np.uint8(0))
         self._put("shared", access, np.full_like(rows[active], 0xFF), where, lands=False)
-        self.copies.append(_Copy(active.copy(), access.offsets, size, rows, self.groups.copy(), where))
+        self.copies.append(_Copy(active, access.offsets, rows, self.groups, where))
 
     def commit(self, mask: Array | None) -> None:
         """End a group of copies."""

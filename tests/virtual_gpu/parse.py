@@ -54,7 +54,6 @@ class Program:
     """A parsed kernel.
 
     Attributes:
-        threads: of a block, where the PTX requires a number.
         labels: where each leads, as the position of an instruction.
         registers: bits of each; 1 of a predicate.
         symbols: byte offset in shared memory of each variable; None of the one that is sized at launch.
@@ -62,7 +61,6 @@ class Program:
     """
 
     name: str = ""
-    threads: int | None = None
     parameters: list[Parameter] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -93,8 +91,6 @@ def parse(text: str) -> Program:
             program.parameters.append(Parameter(kind[3], *(("b", 16) if kind[4] == "[2]" else ("struct", bits))))
         else:
             program.parameters.append(Parameter(kind[3], kind[1], bits))
-    threads = re.search(r"\.reqntid\s+(\d+)", entry[2])
-    program.threads = int(threads[1]) if threads else None
     _Body(program, text, entry.end()).parse()
     return program
 

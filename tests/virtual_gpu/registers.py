@@ -24,11 +24,20 @@ SPECIAL_BITS = {"pred": 1, "bf16": 16, "tf32": 32, "f16x2": 32, "bf16x2": 32}
 TF32_BITS = np.uint32(0xFFFFE000)  # a float32 without the 13 last bits of its fraction
 
 
+# To integers: to the nearest, down, up, towards zero.
+ROUNDINGS = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
+
+
+def is_type(word: str) -> bool:
+    """Whether a word of an opcode is the type of a value."""
+    return word in SPECIAL_BITS or re.fullmatch(r"[busf](8|16|32|64)", word) is not None
+
+
 def bits_of(kind: str) -> int:
     """Bits of a value of a PTX type, such as "s32" or "bf16x2" (PTX ISA 5.2.1)."""
     if kind in SPECIAL_BITS:
         return SPECIAL_BITS[kind]
-    if not re.fullmatch(r"[busf](8|16|32|64)", kind):
+    if not is_type(kind):
         raise KernelError(f"the type {kind} is not modelled")
     return int(kind[1:])
 
@@ -73,11 +82,6 @@ def half_operation(operation: Any, kind: str, *operands: Array) -> Array:
     return result.view(np.uint32) if kind.endswith("x2") else result
 
 
-def fused(a: Array, b: Array, c: Array) -> Array:
-    """Return a * b + c, from float64 rounded to float32; twice rounded in rare ties."""
-    return (a * b + c).astype(np.float32)
-
-
 def multiply_add(a: Array, b: Array, c: Array) -> Array:
     """Return a * b + c."""
     return a * b + c
@@ -108,7 +112,7 @@ def resized(bits: Array, width: int, signed: bool) -> Array:
 
 def to_integer(values: Array, width: int, signed: bool, rounding: str) -> Array:
     """Bits of floating-point numbers as integers, at the limits where they do not fit; 0 of NaN (PTX ISA 9.7.9.22)."""
-    whole = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}[rounding](values.astype(np.float64))
+    whole = ROUNDINGS[rounding](values.astype(np.float64))
     kind = SIGNED[width] if signed else UNSIGNED[width]
     limits = np.iinfo(kind)
     whole = np.clip(np.nan_to_num(whole, nan=0.0, posinf=np.inf, neginf=-np.inf), float(limits.min), float(limits.max))

@@ -14,7 +14,7 @@ from . import registers
 from .blocks import AT_BARRIER, EXIT, Blocks, cut, ends_block, is_barrier
 from .faults import KernelError
 from .parse import Instruction, Program
-from .registers import FLOAT, SIGNED, UNSIGNED, Array, bits_of
+from .registers import FLOAT, SIGNED, UNSIGNED, Array, is_type
 
 # How an operand is viewed: its bits, a signed or floating-point number, or a float32 as a float64.
 VIEWS = {"u": UNSIGNED, "i": SIGNED, "f": FLOAT}
@@ -26,23 +26,23 @@ class Translation:
     """The blocks of a program as functions, each translated when it is first executed.
 
     Attributes:
-        constants: types and values of the arrays that functions take constants from; it grows with each translation.
+        constants: values of the arrays that functions take constants from; it grows with each translation.
     """
 
     def __init__(self, program: Program):
         self.program: Program = program
         self.blocks: Blocks = cut(program)
         self.index = {name: i for i, name in enumerate(program.registers)}
-        self.constants: list[tuple[type, Any]] = []
-        self._position: dict[tuple[type, Any], int] = {}
+        self.constants: list[np.generic] = []
+        self._position: dict[tuple[type, bytes], int] = {}
         self._functions: dict[tuple[int, bool], Callable[..., tuple[Array | None, int, int]]] = {}
 
-    def constant(self, kind: type, value: Any) -> str:
+    def constant(self, value: np.generic) -> str:
         """The expression of an array that holds a constant."""
-        key = (kind, value)
+        key = (type(value), value.tobytes())  # for NaN is not itself, and -0.0 is 0.0
         if key not in self._position:
             self._position[key] = len(self.constants)
-            self.constants.append(key)
+            self.constants.append(value)
         return f"K[{self._position[key]}]"
 
     def function(self, block: int, masked: bool) -> Callable[..., tuple[Array | None, int, int]]:
@@ -178,12 +178,11 @@ class BlockWriter:
         else:
             raise KernelError(f"the operand {operand!r} is not understood")
         if width == 1:
-            return self.translation.constant(np.bool_, bool(bits))
+            return self.translation.constant(np.bool_(bits))
         number = UNSIGNED[width](bits & (2**width - 1))
         if view == "d":
-            return self.translation.constant(np.float64, float(number.view(np.float32)))
-        # By its bits, for a NaN is no key of a table and -0.0 is that of 0.0.
-        return self.translation.constant(VIEWS[view][width], int(number))
+            return self.translation.constant(np.float64(number.view(np.float32)))
+        return self.translation.constant(number.view(VIEWS[view][width]))
 
     def condition(self, instruction: Instruction) -> str | None:
         """The threads that fulfil an instruction's predicate, or None of all."""
@@ -235,11 +234,4 @@ def vector(operand: str) -> list[str]:
 
 def types_of(instruction: Instruction) -> list[str]:
     """Those of an instruction's modifiers that are types."""
-    found = []
-    for modifier in instruction.modifiers:
-        try:
-            bits_of(modifier)
-        except KernelError:
-            continue
-        found.append(modifier)
-    return found
+    return [modifier for modifier in instruction.modifiers if is_type(modifier)]
